@@ -1,0 +1,52 @@
+# make demo   set up and run the whole study on the virtual cohort
+# make test   set up for development and run every check
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv dev demo test test-all lab bench notebooks gate clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, not %d.%d: set PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+venv: $(VENV)/.base       ## a virtual environment with the package
+
+dev: $(VENV)/.dev         ## the same, with what development needs
+
+demo: venv                ## the study on the virtual cohort -> runs/demo/report.html
+	$(BIN)/uad demo --out $(OUT)
+
+lab: venv                 ## the demo's results in JupyterLab
+	$(BIN)/uad explore $(OUT)
+
+gate: dev                 ## notebooks and package agree; notebooks are clean
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/gate.sh
+
+test: dev gate            ## every check but the slow ones
+	$(BIN)/python -m pytest
+
+test-all: dev gate        ## every check
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+bench: dev                ## time the parts; keeps the table in benchmarks/
+	$(BIN)/python benchmarks/bench.py
+
+notebooks: dev            ## execute the library notebooks in place, so that their figures are fresh
+	for n in nbs/[0-9]*.ipynb nbs/explore.ipynb; do $(BIN)/jupyter execute --inplace $$n || exit 1; done
+	$(BIN)/nbdev_clean
+
+clean:                    ## remove the environment (results in runs/ stay)
+	rm -rf $(VENV) build dist *.egg-info
