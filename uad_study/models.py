@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from .core import UadError, choice, from_dict
-from .diffusion import SCHEDULES, alpha_bars, q_sample, restore_one_step
+from .diffusion import SCHEDULES, q_sample, restore_one_step
 from .noise import gaussian_noise, simplex_noise
 
 # %% ../nbs/32_models.ipynb #173a8210
@@ -24,7 +24,6 @@ class ModelConfig:
     num_head_channels: int = 64                       # channels an attention head, in the middle block only (released code)
     norm_num_groups: int = 32                         # groups of the group norm
     patch: int = 1                                    # pixels folded into channels before the U-Net (1: none); 2 makes a CPU run 4 times faster
-    skip: bool = False                                # predict x0 as sqrt(abar) x_t + sqrt(1 - abar) F(x_t, t) instead of F alone
     noise: str = "simplex"                            # 'simplex' (paper) or 'gaussian'
     octaves: int = 6                                  # simplex octaves (released code)
     persistence: float = 0.8                          # amplitude ratio of successive octaves (released code)
@@ -66,10 +65,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t):
         p = self.config.patch
-        out = pixel_shuffle(self.unet(pixel_unshuffle(x, p), t), p)
-        if not self.config.skip: return out
-        a = alpha_bars(self.config.schedule, self.config.timesteps).to(x.device)[t].view(-1, 1, 1, 1)
-        return a.sqrt() * x + (1 - a).sqrt() * out
+        return pixel_shuffle(self.unet(pixel_unshuffle(x, p), t), p)
 
 # %% ../nbs/32_models.ipynb #609dd2be
 class DDPM(nn.Module):

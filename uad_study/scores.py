@@ -154,5 +154,5 @@ def score_maps(x, x_hat, names, data_range: float | None = None) -> dict:
 
 def _score(x, x_hat, name): return score_maps(x, x_hat, (name,))[name]
 
+# functions (x, x_hat) -> anomaly map, by name
 SCORES = {n: partial(_score, name=n) for n in (*_PLAIN, *(f"ssim_{s:g}" for s in SIGMAS), "ssim_ens", "ssim_uniform")}
-"Functions (x, x_hat) -> anomaly map, by name."
