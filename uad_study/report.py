@@ -266,9 +266,10 @@ def _html_table(cells) -> str:
         out.append(f"<tr{kind}>" + "".join(tds) + "</tr>")
     return "\n".join(out) + "</table></div>"
 
-def _html_figure(fig, caption: str) -> str:
+def _html_figure(fig, caption: str, file: Path) -> str:
     import matplotlib.pyplot as plt
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=110); plt.close(fig)
+    with atomic_file(file) as tmp: tmp.write_bytes(buffer.getvalue())
     return f"<figure><img alt='{html.escape(caption.split('.')[0], quote=True)}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'><figcaption>{html.escape(caption)}</figcaption></figure>"
 
 def cautions(results: Results) -> list[str]:
@@ -288,8 +289,9 @@ def cautions(results: Results) -> list[str]:
     return notes
 
 def write_report(results: Results, out_dir):
-    "Write report.html, table.csv and cases.csv to `out_dir`, each whole or not at all."
+    "Write report.html, table.csv, cases.csv and figures/*.png to `out_dir`, each file whole or not at all."
     e, out_dir, parts = html.escape, Path(out_dir), []
+    figures = out_dir/"figures"
     train = [t["results"] for t in results.trainings]
     parts.append(f"<h1>{e(results.title)}</h1><p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures "
                  "how the restoration differs. Mean volumetric Dice (%) on the test set, 96×96×50 voxels of 2 mm.</p>")
@@ -297,12 +299,12 @@ def write_report(results: Results, out_dir):
     parts.append("<h2>Dice by score and pathology</h2>" + _html_table(table_dice(results)) + "<p><small>Threshold: the exact optimum on the pathology's own validation set (from another one where it has none), before components. "
                  "Bold: best score of a model. In brackets: 95 % bootstrap interval over patients. Perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components: the ceiling.</small></p>")
     parts.append("<h2>SSIM-ens against l1</h2>" + _html_table(table_tests(results)))
-    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma. Grey: the truth blurred at that sigma, through the same post-processing (the ceiling).") for m in results.models))
-    parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.") for m in results.models))
-    if (fig := figure_alpha(results)) is not None: parts.append("<h2>How subtle may a lesion be?</h2>" + _html_figure(fig, "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible."))
+    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma. Grey: the truth blurred at that sigma, through the same post-processing (the ceiling).", figures/f"sigma-{m}.png") for m in results.models))
+    parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.", figures/f"maps-{m}.png") for m in results.models))
+    if (fig := figure_alpha(results)) is not None: parts.append("<h2>How subtle may a lesion be?</h2>" + _html_figure(fig, "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible.", figures/"alpha.png"))
     parts.append("<h2>Whose threshold?</h2>" + _html_table(table_thresholds(results)) + "<p><small>Dice (%) under each rule. Oracle: chosen on the test set; nobody has it in practice. Healthy only: 95 % of healthy validation scans carry at most 1 mL.</small></p>")
     parts.append("<h2>How good are the restorations?</h2>" + _html_table(table_restorations(results)) + "<p><small>Copied: 0, the lesion was healed; 1, it came through as it was.</small></p>")
-    parts.append(_html_figure(figure_training(results), "Left: validation loss on fixed slices, steps and noise. Others: Dice of l1 and SSIM-ens on a few test volumes at snapshots of the training, each with its own threshold."))
+    parts.append(_html_figure(figure_training(results), "Left: validation loss on fixed slices, steps and noise. Others: Dice of l1 and SSIM-ens on a few test volumes at snapshots of the training, each with its own threshold.", figures/"training.png"))
     parts.append(_html_table([["training", "parameters", "steps", "best step", "validation loss", "volumes", "minutes"],
                               *([t["label"], f"{r['parameters']:,}", str(r["steps"]), str(r["best_step"]), f"{r['best_val_loss']:.4f}", str(r["train_volumes"]), f"{r['train_seconds'] / 60:.1f}"] for t, r in zip(results.trainings, train))]))
     lost = results.cohort.info["failed"]

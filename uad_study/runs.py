@@ -271,11 +271,11 @@ def main(argv=None) -> int:
     return 0
 
 # %% ../nbs/41_runs.ipynb #a34fcdab
-def resolve_engine(engine: EngineConfig) -> tuple[str, int, int]:
-    "(device, slots, threads) with every 0 and 'auto' filled in."
+def resolve_engine(engine: EngineConfig, width: int = 2) -> tuple[str, int, int]:
+    "(device, slots, threads) with every 0 and 'auto' filled in, for a study that has `width` runs which could work at the same time."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = pick_device(engine.device)
-    slots = engine.slots or (1 if device != "cpu" else min(2, cores))
+    slots = engine.slots or (1 if device != "cpu" else min(2, cores, width))
     return device, slots, engine.threads or max(1, cores // slots)
 
 @contextmanager
@@ -310,7 +310,7 @@ def run_study(study: Study, out, data_dir=None, on_event=None):
     Raises `UadError` naming the failed runs when the rest is finished; the results of the others are kept."""
     tell = on_event or (lambda *a: None)
     runs = plan(study, data_dir)
-    device, slots, threads = resolve_engine(study.engine)
+    device, slots, threads = resolve_engine(study.engine, sum(r.stage == "train" for r in runs))
     with out_folder(out) as out:
         if data_dir: os.environ["UAD_DATA"] = str(Path(data_dir).resolve())
         finished, failed, running = {r.folder for r in runs if done(out, r)}, {}, {}
