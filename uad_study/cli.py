@@ -116,15 +116,8 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("runs/demo")):
     "Write report.html and the tables again from the finished runs of a folder of results, in seconds."
-    from uad_study.core import read_json
-    from uad_study.report import Results, write_report
-    from uad_study.runs import RESULT, RUN
-    planned = sorted(Path(out).glob("report-*/run.json"), key=lambda f: f.stat().st_mtime)
-    if not planned: raise UadError(f"{out}: holds no finished study: run `uad run` or `uad demo` to its end")
-    q, at = read_json(planned[-1], RUN)["parameters"], planned[-1].parent
-    missing = [d for d in q["train_dirs"] + q["evaluate_dirs"] if not (at/d/"result.json").exists()]
-    if missing: raise UadError(f"{at/missing[0]}: is not finished: run the study again")
-    write_report(Results(q["title"], q["study"], at/q["cohort_dir"], [at/d for d in q["train_dirs"]], [at/d for d in q["evaluate_dirs"]]), out)
+    from uad_study.report import open_results, write_report
+    write_report(open_results(out), out)
     print(f"report: {Path(out)/'report.html'}")
 
 @app.command()
