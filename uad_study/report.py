@@ -222,13 +222,13 @@ def table_dice(results: Results) -> list[list[str]]:
 
 def table_thresholds(results: Results) -> list[list[str]]:
     "Dice (%) of l1 and SSIM-ens under each threshold rule, AUPRC beside the prevalence, and false positives on healthy test scans."
-    rules = ["val", *sorted({r for r in results.cases.threshold_from if r.startswith("val:")}), "healthy", "oracle"]
-    cells = [["model", "pathology", "score", *({"val": "own validation", "healthy": "healthy only", "oracle": "oracle (test itself)"}.get(r, "from " + NAMES.get(r[4:], r[4:]).lower()) for r in rules),
-              "AUPRC (prevalence)", "healthy FP, mL"]]
+    cells = [["model", "pathology", "score", "own validation", "carried over from another pathology", "healthy only", "oracle (test itself)", "AUPRC (prevalence)", "healthy FP, mL"]]
     for (model, p, s), g in results.cases[results.cases.score.isin(["l1", "ssim_ens"]) & (results.cases.pathology != "healthy")].groupby(["model", "pathology", "score"], sort=False):
         t = results.rows(model=model, pathology=p, score=s)
-        d = g.groupby("threshold_from").dice.mean() * 100
-        cells.append([model, NAMES.get(p, p), score_label(s), *(f"{d[r]:.1f}" if r in d and d[r] == d[r] else "" for r in rules),
+        d = (g.groupby("threshold_from").dice.mean() * 100).dropna()
+        at = lambda r: f"{d[r]:.1f}" if r in d else ""
+        carried = ", ".join(f"{v:.1f} ({NAMES.get(r[4:], r[4:]).lower()})" for r, v in d.items() if r.startswith("val:"))
+        cells.append([model, NAMES.get(p, p), score_label(s), at("val"), carried, at("healthy"), at("oracle"),
                       f"{t.auprc_pooled.mean():.3f} ({t.prevalence.mean():.3f})", f"{t.healthy_fp_ml.mean():.1f}" if t.healthy_fp_ml.notna().any() else ""])
     return cells
 
