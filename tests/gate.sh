@@ -2,9 +2,10 @@
 # The gate on notebooks: exporting and cleaning must change nothing, and every library notebook must run. Counts what ran itself: `nbdev_test` says "Success." to nothing, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-before=$(cat $(git ls-files -co --exclude-standard nbs uad_study | sort) 2>/dev/null | sha256sum)
+state() { find nbs uad_study -type f \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.ipynb_checkpoints/*' -print0 | sort -z | xargs -0 sha256sum; }
+before=$(state)
 nbdev_export && nbdev_clean
-after=$(cat $(git ls-files -co --exclude-standard nbs uad_study | sort) 2>/dev/null | sha256sum)
+after=$(state)
 if [ "$before" != "$after" ]; then
   echo "error: notebooks and package disagree: run 'nbdev_export && nbdev_clean', look at 'git diff', and commit" >&2; git status --short nbs uad_study >&2; exit 1
 fi
