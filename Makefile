@@ -45,8 +45,8 @@ bench: dev                ## time the parts; keeps the table in benchmarks/
 	$(BIN)/python benchmarks/bench.py
 
 notebooks: dev            ## execute the library notebooks in place, so that their figures are fresh
-	for n in nbs/[0-9]*.ipynb nbs/explore.ipynb; do $(BIN)/jupyter execute --inplace $$n || exit 1; done
-	$(BIN)/nbdev_clean
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False nbs/[0-9]*.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
 
 clean:                    ## remove the environment (results in runs/ stay)
 	rm -rf $(VENV) build dist *.egg-info

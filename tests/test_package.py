@@ -70,3 +70,15 @@ def test_nothing_of_the_workshop_is_in_the_repo():
     files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
     assert files and not [f for f in files if f.endswith((".nii", ".nii.gz", ".pt", ".npz"))]
     assert not [f for f in files if (ROOT/f).is_file() and (ROOT/f).stat().st_size > 1_000_000]
+
+
+def test_stored_notebooks_are_small_and_fresh():
+    "Stored outputs of the library notebooks: figures, no widget state, no errors, no warnings; explore.ipynb and the experiments hold none."
+    import json
+    for p in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in p.parts: continue
+        nb = json.loads(p.read_text())
+        outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
+        assert "widgets" not in nb["metadata"] and p.stat().st_size < 500_000, p
+        assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], p
+        assert p.name[:2].isdigit() or not outputs, p
