@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ARRAYS', 'COLUMNS', 'SOURCES', 'RECONSTRUCTIONS', 'Item', 'new_array', 'write_cohort', 'Cohort',
-           'open_array', 'DataConfig', 'virtual_subjects', 'virtual_items', 'build_virtual', 'build_real_t1',
-           'build_cohort', 'slice_index', 'take_slices', 'draw_slices', 'write_reconstructions', 'open_reconstructions']
+           'open_array', 'DataConfig', 'virtual_subjects', 'virtual_items', 'build_virtual', 'prepared_cohorts',
+           'merge_cohorts', 'build_real_t1', 'build_cohort', 'slice_index', 'take_slices', 'draw_slices',
+           'write_reconstructions', 'open_reconstructions']
 
 # %% ../nbs/13_cohort.ipynb #96cb0542
 import os
@@ -13,12 +14,12 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from .core import UadError, atomic_dir, choice, derive_seed, file_sha256, log, read_json, write_json
+from .core import UadError, atomic_dir, choice, derive_seed, file_sha256, from_dict, log, read_json, write_json
 from .volume import GRID_SHAPE
 
 # %% ../nbs/13_cohort.ipynb #886a0128
-FORMAT = "uad-cohort/1"
-ARRAYS = {"images": np.float32, "brain_masks": np.bool_, "lesion_masks": np.bool_, "twins": np.float32}
+FORMAT = "uad-cohort/2"
+ARRAYS = {"images": np.float32, "brain_masks": np.bool_, "lesion_masks": np.bool_, "ignore_masks": np.bool_, "twins": np.float32}
 "The array files of a cohort and their types; each is (N, H, W, D)."
 COLUMNS = ["subject_id", "contrast", "pathology", "split", "val_fold"]
 "The columns that every row of `volumes.csv` has; a cohort may carry more (age, alpha, lesion_ml ...)."
@@ -31,6 +32,7 @@ class Item:
     brain_mask: np.ndarray
     lesion_mask: np.ndarray | None = None
     twin: np.ndarray | None = None
+    ignore_mask: np.ndarray | None = None
 
 def new_array(path, shape, dtype) -> np.ndarray:
     "A new memory-mapped array file, its disk space reserved at once: a full disk is an `OSError` here, not a crash while writing."
@@ -54,7 +56,8 @@ def write_cohort(folder, items, n: int, info: dict | None = None, tick=None):
             i = len(rows)
             arrays["images"][i] = item.image
             arrays["brain_masks"][i] = item.brain_mask
-            if item.lesion_mask is not None: arrays["lesion_masks"][i] = item.lesion_mask
+            for k, m in (("lesion_masks", item.lesion_mask), ("ignore_masks", item.ignore_mask)):
+                if m is not None: arrays[k][i] = m
             arrays["twins"][i] = item.image if item.twin is None else item.twin
             rows.append(item.row)
             if tick: tick(len(rows) + len(failed), n)
@@ -67,7 +70,7 @@ def write_cohort(folder, items, n: int, info: dict | None = None, tick=None):
             if len(rows) < n:                                     # some failed: keep only the rows that are there
                 np.save(tmp/"part.npy", a[:len(rows)]); (tmp/"part.npy").replace(tmp/f"{k}.npy")
         table.to_csv(tmp/"volumes.csv", index=False)
-        hashes = {k: file_sha256(tmp/f"{k}.npy") for k in ARRAYS}
+        hashes = {k: file_sha256(tmp/f"{k}.npy") for k in ARRAYS} | {"volumes": file_sha256(tmp/"volumes.csv")}
         write_json(tmp/"cohort.json", {"n": len(rows), "shape": list(GRID_SHAPE), "failed": failed, "sha256": hashes, **(info or {})}, FORMAT)
 
 # %% ../nbs/13_cohort.ipynb #8cde45a5
@@ -107,7 +110,7 @@ def open_array(path, n: int) -> np.ndarray:
 @dataclass(frozen=True)
 class DataConfig:
     "The subjects of a study. Counts are per contrast (healthy) or per pathology (unhealthy)."
-    source: str = "virtual"             # 'virtual' (phantom) or 'real_t1' (a folder with manifest.csv)
+    source: str = "virtual"             # 'virtual' (phantom), 'prepared' (folders that `uad prepare` wrote) or 'real_t1' (a folder with manifest.csv)
     contrasts: tuple[str, ...] = ("T1w", "T2w")
     pathologies: tuple[str, ...] = ("tumour", "ms", "stroke", "wmh")
     folds: int = 5                      # validation sets are disjoint; training is the rest (paper: five)
@@ -126,7 +129,7 @@ class DataConfig:
             raise UadError(f"data: {self.folds} disjoint validation sets of {self.n_val} need n_train of at least {(self.folds - 1) * self.n_val}, not {self.n_train}")
         if min(self.n_train, self.n_val, self.n_lesion_val, self.n_lesion_test, self.folds) < 1: raise UadError("data: every count must be at least 1")
 
-SOURCES = ("virtual", "real_t1")
+SOURCES = ("virtual", "prepared", "real_t1")
 
 # %% ../nbs/13_cohort.ipynb #9a118358
 def virtual_subjects(config: DataConfig) -> pd.DataFrame:
@@ -158,22 +161,53 @@ def build_virtual(config: DataConfig, folder, pmap=map, tick=None):
     made = pmap(partial(virtual_items, contrasts=tuple(config.contrasts)), subjects.to_dict("records"))
     write_cohort(folder, (item for items in made for item in items), n, {"source": "virtual"}, tick)
 
+# %% ../nbs/13_cohort.ipynb #f87bf2a9
+def prepared_cohorts(data_dir) -> list[Path]:
+    "The packed cohorts in a folder that `uad prepare` wrote, or in its sub-folders, in the order of their names. Raises `UadError` when there are none."
+    found = sorted(p.parent for pattern in ("cohort.json", "cohort/cohort.json", "*/cohort/cohort.json") for p in Path(data_dir).glob(pattern))
+    if not found: raise UadError(f"{data_dir}: holds no prepared data set: run `uad prepare` first, with --out {data_dir}/NAME")
+    return found
+
+def merge_cohorts(folders, folder, contrasts, pathologies, tick=None):
+    """Pack the volumes of these contrasts, healthy or of these pathologies, from several prepared cohorts into one in `folder`.
+
+    Raises `UadError` when two were not prepared alike (naming the setting), when they share a subject, or when nothing is left."""
+    cohorts = [Cohort(f) for f in folders]
+    first = cohorts[0]
+    for c in cohorts[1:]:
+        for k in ("space", "prepare"):
+            a, b = first.info.get(k), c.info.get(k)
+            if a == b: continue
+            if isinstance(a, dict) and isinstance(b, dict): k, a, b = next((k, a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k))
+            raise UadError(f"{c.folder}: was prepared with {k} = {b!r}, but {first.folder} with {a!r}: prepare them alike")
+    chosen = [(c, r) for c in cohorts for r in np.flatnonzero(c.table.contrast.isin(contrasts) & c.table.pathology.isin(["healthy", *pathologies]))]
+    if not chosen: raise UadError(f"{first.folder}: holds no {' or '.join(contrasts)} volumes: check data.contrasts and --data")
+    def items():
+        yield from (UadError(f) for c in cohorts for f in c.info["failed"])
+        for c, r in chosen:
+            row = {k: v for k, v in c.table.iloc[r].to_dict().items() if v == v}
+            yield Item(row, c.images[r], c.brain_masks[r], c.lesion_masks[r], c.twins[r], c.ignore_masks[r])
+    write_cohort(folder, items(), len(chosen), {"source": "prepared", "space": first.info.get("space"), "prepare": first.info.get("prepare")}, tick)
+
 # %% ../nbs/13_cohort.ipynb #4aaddfee
-def build_real_t1(config: DataConfig, folder, data_dir, pmap=map, tick=None):
-    "Prepare the real T1w scans of `data_dir` (which holds manifest.csv) and pack them in `folder`. Raises `UadError` when the folder lacks what the study needs."
-    from uad_study.prepare import iter_real_t1
+def build_real_t1(config: DataConfig, folder, data_dir, prepare: dict | None = None, pmap=map, tick=None):
+    """Prepare the real T1w scans of `data_dir` (which holds manifest.csv) and pack them in `folder`. `prepare`: settings of `PrepareConfig`.
+
+    Raises `UadError` when the folder lacks what the study needs."""
+    from uad_study.prepare import PrepareConfig, iter_real_t1
     items, seen = [], 0
-    for d in iter_real_t1(data_dir, seed=config.seed, alphas=config.alphas, pmap=pmap):
+    for d in iter_real_t1(data_dir, from_dict(PrepareConfig, prepare or {}, "prepare"), seed=config.seed, alphas=config.alphas, pmap=pmap):
         seen += 1
         if tick: tick(seen, max(seen + 1, 2), "preparing" if isinstance(d, UadError) else d["subject_id"])
         items.append(d if isinstance(d, UadError) else Item({k: d[k] for k in COLUMNS} | d["meta"], d["image"], d["brain_mask"], d["lesion_mask"], d["twin"]))
     write_cohort(folder, items, sum(isinstance(i, Item) for i in items), {"source": "real_t1"})
 
-def build_cohort(config: DataConfig, folder, data_dir=None, pmap=map, tick=None):
-    "Build the cohort that `config.source` names in `folder`."
+def build_cohort(config: DataConfig, folder, data_dir=None, prepare: dict | None = None, pmap=map, tick=None):
+    "Build the cohort that `config.source` names in `folder`. `prepare`: settings of `PrepareConfig`, where the source prepares scans."
     if config.source == "virtual": return build_virtual(config, folder, pmap, tick)
     if not data_dir: raise UadError(f"data.source: {config.source!r} needs a folder of scans: name it with --data")
-    build_real_t1(config, folder, data_dir, pmap, tick)
+    if config.source == "prepared": return merge_cohorts(prepared_cohorts(data_dir), folder, config.contrasts, config.pathologies, tick)
+    build_real_t1(config, folder, data_dir, prepare, pmap, tick)
 
 # %% ../nbs/13_cohort.ipynb #b568b156
 def slice_index(cohort: Cohort, rows, min_brain: float = 0.05) -> np.ndarray:

@@ -39,23 +39,22 @@ class ScoreConfig:
         return self.names + (("intensity_dark",) if contrast == "T1w" and "intensity" in self.names else ())
 
 # %% ../nbs/40_evaluate.ipynb #1b7040f1
-def region(brain_mask, lesion_mask, config: ScoreConfig) -> np.ndarray:
-    "The voxels where a post-processed map can differ from 0, or the truth from False: (H, W, D) bool."
+def region(cohort: Cohort, row: int, config: ScoreConfig) -> np.ndarray:
+    "The voxels of a volume that are judged: where a post-processed map can differ from 0, or the truth from False, without those to ignore: (H, W, D) bool."
     from scipy.ndimage import maximum_filter
-    return maximum_filter(brain_mask.astype(np.uint8), config.median).astype(bool) | lesion_mask
+    brain = maximum_filter(np.asarray(cohort.brain_masks[row], np.uint8), config.median).astype(bool)
+    return (brain | cohort.lesion_masks[row]) & ~np.asarray(cohort.ignore_masks[row])
 
 def maps_of_reconstruction(cohort: Cohort, row: int, x_hat, names, config: ScoreConfig) -> np.ndarray:
     "The post-processed maps of one volume for the scores `names`, in its `region`: (len(names), M) float32."
-    x, mask, lesion = (np.asarray(a[row]) for a in (cohort.images, cohort.brain_masks, cohort.lesion_masks))
-    inside = region(mask, lesion, config)
+    x, mask, inside = np.asarray(cohort.images[row]), np.asarray(cohort.brain_masks[row]), region(cohort, row, config)
     maps = score_maps(x, np.asarray(x_hat), names)
     return np.stack([np.asarray(postprocess(maps[n], mask, config.erode, config.median), np.float32)[inside] for n in names])
 
 # %% ../nbs/40_evaluate.ipynb #fba5c0f7
 def maps_of_truth(cohort: Cohort, row: int, config: ScoreConfig, sigmas=SIGMAS) -> np.ndarray:
     "Like `maps_of_reconstruction`, for the truth and the truth blurred at each sigma (names: `perfect_names`)."
-    mask, lesion = np.asarray(cohort.brain_masks[row]), np.asarray(cohort.lesion_masks[row])
-    inside = region(mask, lesion, config)
+    mask, lesion, inside = np.asarray(cohort.brain_masks[row]), np.asarray(cohort.lesion_masks[row]), region(cohort, row, config)
     return np.stack([np.asarray(postprocess(np.asarray(m, np.float32), mask, config.erode, config.median), np.float32)[inside] for m in perfect_maps(lesion, sigmas).values()])
 
 def perfect_names(sigmas=SIGMAS) -> tuple[str, ...]:
@@ -75,7 +74,7 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
         if not (work/f"{r}.npy").exists():
             with atomic_file(work/f"{r}.npy") as tmp, open(tmp, "wb") as f: np.save(f, maps_of(int(r)))
         if tick: tick(i + 1, len(everything) + len(names), f"maps of {table.subject_id.iloc[r]}")
-    inside = {r: region(np.asarray(cohort.brain_masks[r]), np.asarray(cohort.lesion_masks[r]), config) for r in everything}
+    inside = {r: region(cohort, int(r), config) for r in everything}
     truth = {r: np.asarray(cohort.lesion_masks[r])[inside[r]] for r in everything}
     kind = lambda s: {p: [r for r in rows[s] if table.pathology.iloc[r] == p] for p in table.pathology.iloc[rows[s]].unique()}
     val, test = kind("val"), kind("test")
@@ -111,8 +110,8 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
 # %% ../nbs/40_evaluate.ipynb #f72049a0
 def restoration_quality(cohort: Cohort, row: int, x_hat) -> dict:
     "l1 and mean SSIM (sigma 1.5) to the input in the brain outside the lesion; and l1 to the twin and `copied` inside the lesion (NaN without a lesion)."
-    x, twin, mask, lesion = (np.asarray(a[row]) for a in (cohort.images, cohort.twins, cohort.brain_masks, cohort.lesion_masks))
-    x_hat, healthy = np.asarray(x_hat), mask & ~lesion
+    x, twin, mask, lesion, ignored = (np.asarray(a[row]) for a in (cohort.images, cohort.twins, cohort.brain_masks, cohort.lesion_masks, cohort.ignore_masks))
+    x_hat, healthy = np.asarray(x_hat), mask & ~lesion & ~ignored
     q = dict(l1=float(np.abs(x_hat - x)[healthy].mean()), ssim=float(ssim_map(x, x_hat, 1.5)[healthy].mean()), l1_lesion=np.nan, copied=np.nan)
     change = (x - twin)[lesion & mask]
     if (change**2).sum() > 0:

@@ -38,6 +38,7 @@ class Study:
     name: str
     title: str
     data: dict
+    prepare: dict
     models: tuple[dict, ...]
     train: dict
     scores: dict
@@ -45,7 +46,7 @@ class Study:
     engine: EngineConfig
 
 STUDY = "uad-study/1"
-STUDY_KEYS = ("format", "title", "data", "models", "train", "scores", "report", "engine")
+STUDY_KEYS = ("format", "title", "data", "prepare", "models", "train", "scores", "report", "engine")
 
 def packaged_studies() -> list[str]:
     "Names of the studies that come with the package."
@@ -56,6 +57,7 @@ def read_study(study) -> Study:
     from uad_study.cohort import DataConfig
     from uad_study.evaluate import ScoreConfig
     from uad_study.models import model_config
+    from uad_study.prepare import PrepareConfig
     from uad_study.train import TrainConfig
     if str(study) in packaged_studies():
         with as_file(files("uad_study")/"studies"/f"{study}.yaml") as p: raw, where = read_yaml(p), f"{study}.yaml"
@@ -68,11 +70,11 @@ def read_study(study) -> Study:
     def plain(c): return json.loads(json.dumps(asdict(c)))
     models = tuple(plain(model_config(m, f"{where}, models[{i}]")) for i, m in enumerate(raw.get("models") or ["ddpm"]))
     if len({m["name"] for m in models}) < len(models): raise UadError(f"{where}, models: a name appears twice: a study has each model once")
-    return Study(Path(str(study)).stem, raw.get("title", Path(str(study)).stem), plain(section(DataConfig, "data")), models, plain(section(TrainConfig, "train")),
+    return Study(Path(str(study)).stem, raw.get("title", Path(str(study)).stem), plain(section(DataConfig, "data")), plain(section(PrepareConfig, "prepare")), models, plain(section(TrainConfig, "train")),
                  plain(section(ScoreConfig, "scores")), plain(section(ReportConfig, "report")), section(EngineConfig, "engine"))
 
 # %% ../nbs/41_runs.ipynb #9f5122af
-STAGES = {"prepare": 1, "train": 1, "evaluate": 1, "report": 1}
+STAGES = {"prepare": 2, "train": 1, "evaluate": 1, "report": 1}
 "The stages of a study and the version of each: part of every key."
 RUN, RESULT = "uad-run/1", "uad-result/1"
 
@@ -96,11 +98,15 @@ def plan(study: Study, data_dir=None) -> list[Run]:
     if data["source"] == "virtual":
         if data_dir: raise UadError("--data: the virtual cohort needs no data: leave it out")
         content = ["virtual", phantom.PHANTOM_VERSION]
+    elif data["source"] == "prepared":
+        from uad_study.cohort import prepared_cohorts
+        if not data_dir: raise UadError(f"--data: the study {study.name!r} reads prepared scans: name the folder that `uad prepare` wrote")
+        content = [data["source"], [file_sha256(c/"cohort.json") for c in prepared_cohorts(data_dir)]]
     else:
         if not data_dir: raise UadError(f"--data: the study {study.name!r} reads real scans: name the folder that holds manifest.csv")
         if not (Path(data_dir)/"manifest.csv").is_file(): raise UadError(f"{Path(data_dir)/'manifest.csv'}: no such file: --data must name a folder that holds manifest.csv")
         content = [data["source"], file_sha256(Path(data_dir)/"manifest.csv")]
-    prepare = run("prepare", "", dict(data_config=data), [], content)
+    prepare = run("prepare", "", dict(data_config=data) | (dict(prepare_config=study.prepare) if data["source"] == "real_t1" else {}), [], content)
     runs, trains, evaluates = [prepare], [], []
     for fold in range(data["folds"]):
         for contrast in data["contrasts"]:
@@ -192,23 +198,38 @@ def _stop_with(parent: int):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-def parallel_map(function, items, workers: int | None = None):
-    "Like `map`, in `workers` processes (default: one a core), in order, never more than a few items ahead of its reader. Results may be `UadError`s."
+def parallel_map(function, items, workers: int | None = None, crashed=None):
+    """Like `map`, in `workers` processes (default: one a core), in order, never more than a few items ahead of its reader. Results may be `UadError`s.
+
+    A worker that dies (want of memory, a crash in a library) harms its own item only: the items that were under way are tried again one by one. For one that kills its worker
+    again, `crashed(item)` gives the result; without it, `UadError` is raised."""
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     workers = workers or os.cpu_count() or 1
-    items = iter(items)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_stop_with, initargs=(os.getpid(),)) as pool:
-        ahead = deque()
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) >= 3 * workers: yield ahead.popleft().result()
-            while ahead: yield ahead.popleft().result()
-        except BrokenProcessPool: raise UadError("a worker process died, probably for want of memory: lower engine.threads, or free memory") from None
-        finally:
-            for f in ahead: f.cancel()
+    def pool(n): return ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_stop_with, initargs=(os.getpid(),))
+    executor, ahead = pool(workers), deque()
+    def submit(item):
+        nonlocal executor
+        try: return executor.submit(function, item)
+        except BrokenProcessPool:
+            executor.shutdown()
+            executor = pool(workers)
+            return executor.submit(function, item)
+    def result(item, future):
+        try: return future.result()
+        except BrokenProcessPool:
+            with pool(1) as alone:
+                try: return alone.submit(function, item).result()
+                except BrokenProcessPool:
+                    if crashed: return crashed(item)
+                    raise UadError("a worker process died, probably for want of memory: lower engine.threads, or free memory") from None
+    try:
+        for item in items:
+            ahead.append((item, submit(item)))
+            if len(ahead) >= 3 * workers: yield result(*ahead.popleft())
+        while ahead: yield result(*ahead.popleft())
+    finally: executor.shutdown(cancel_futures=True)
 
 # %% ../nbs/41_runs.ipynb #3d93d31d
 def write_run(out, run: Run, study: Study, device: str):

@@ -115,7 +115,7 @@ class View:
         "The voxels called lesion, (H, W, D) bool."
         t = self.threshold(s)
         if not np.isfinite(t): return np.zeros(self.case(s)[2].shape, bool)
-        predicted = self.map(s) > t
+        predicted = (self.map(s) > t) & ~np.asarray(self.cohort.ignore_masks[s.row])
         return np.asarray(components(predicted, 8)) if s.post else predicted
 
     def numbers(self, s: ViewState) -> dict:
