@@ -23,8 +23,8 @@ def read_manifest(path, columns=("file", "category", "modality", "kind", "subjec
 
     Raises `UadError` when it is missing, not a csv, of another format, empty, or lacks one of `columns`."""
     try:
-        with open(path, encoding="utf-8") as f:
-            first = f.readline().strip() if format else ""
+        with open(path, encoding="utf-8-sig") as f:                    # Excel begins a file with a mark, and pads the first line with commas
+            first = f.readline().strip().rstrip(",") if format else ""
             if format and first != f"# {format}": raise UadError(f"{path}: begins with {first[:40]!r}, but '# {format}' is needed: make it again with `uad manifest`")
             table = pd.read_csv(f, dtype=str, keep_default_na=False)
     except FileNotFoundError: raise UadError(f"{path}: no such file: name the folder or file that holds the table") from None
@@ -136,6 +136,7 @@ def default_splits(seed: int = 0, folds: int = 5) -> pd.DataFrame:
         else: made.append(rest.assign(split="test", val_fold=-1))
     return pd.concat(made).sort_values(["dataset", "subject_id"], ignore_index=True)[["dataset", "subject_id", "split", "val_fold"]]
 
+# %% ../nbs/01_manifest.ipynb #431f3afa
 def write_splits(folder, seed: int = 0):
     "Write the csv of each data set to `folder`: the released lists, and the default split made with `seed`. Raises `UadError` where the system refuses."
     made = default_splits(seed)
@@ -156,11 +157,14 @@ KNOWN = dict(contrast=("T1w", "T2w"), pathology=("healthy", "tumour", "ms", "str
 """dataset, subject_id, contrast, pathology, split, val_fold (k: validation in fold k, training in the others; -1: none), image, brain_mask, lesion_mask ('' where there is none), through (the
 subject's T1w, through which its T2w registers), state (whole 'head' or 'stripped'), space ('' = the scanner's), ignore (labels of the lesion mask that count neither way, such as '2')."""
 
+_PATHS = ["image", "brain_mask", "lesion_mask", "through"]
+
 def _inside(path: str, where: str) -> str:
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or path[1:2] == ":":
         raise UadError(f"{where}: {path!r} leaves the root: give a path inside it, with forward slashes")
     return path
 
+# %% ../nbs/01_manifest.ipynb #ef9bb2ec
 def _checked(table: pd.DataFrame, where: str) -> pd.DataFrame:
     "The table of subjects with val_fold as int. Raises `UadError` naming the column and the subject when a column or value is not as it must be."
     if list(table) != SUBJECT_COLUMNS: raise UadError(f"{where}: its columns are {', '.join(table)}, but {', '.join(SUBJECT_COLUMNS)} are needed, in this order: make it again")
@@ -175,7 +179,7 @@ def _checked(table: pd.DataFrame, where: str) -> pd.DataFrame:
     refuse((table.split == "train") & (table.pathology != "healthy"), "split train is for healthy subjects: use val or test")
     refuse(~table.ignore.str.fullmatch(r"(\d+( \d+)*)?"), "ignore must be whole label values with a space between, or empty")
     refuse(table.duplicated(["dataset", "subject_id", "contrast"]), "is listed twice for one contrast: remove a row")
-    for column in ("image", "brain_mask", "lesion_mask", "through"):
+    for column in _PATHS:
         for path in table[column]: _inside(path, f"{where}: {column}")
     return table
 
@@ -217,17 +221,20 @@ def _files(root) -> tuple[list[str], list[str]]:
             elif p.is_file(): found.append(p.relative_to(root).as_posix())
     return found, faults
 
+# %% ../nbs/01_manifest.ipynb #ac6b48b9
 def _find(root, layout: dict, subject: str = "{subject}") -> tuple[pd.DataFrame, list[str], set]:
-    """The files of each subject under `root`: (found, faults, bad). `layout` is kind to patterns; the first that matches a file has it; where a pattern has {contrast}, that is the kind.
+    """The files of each subject under `root`: (found, faults, bad). `layout` is kind to patterns; the first that matches a file has it, and of a subject's files those of the
+    earliest pattern count; where a pattern has {contrast}, that is the kind.
 
     found: index subject_id, columns `_KINDS` and refused, '' where there is none; without the subjects in `bad`, which have two files of a kind or an id that differs from another's in case."""
     paths, faults = _files(root)
     patterns, rows = [(kind, _regex(p)) for kind, ps in layout.items() for p in ps], []
     for path in paths:
-        kind, match = next(((k, m) for k, r in patterns if (m := r.fullmatch(path))), (None, None))
+        rank, kind, match = next(((i, k, m) for i, (k, r) in enumerate(patterns) if (m := r.fullmatch(path))), (0, None, None))
         if match and "contrast" in match.groupdict(): kind = _CONTRAST.get(match["contrast"].lower())
-        if kind: rows.append((subject.format(**match.groupdict()), kind, path))
-    t, bad = pd.DataFrame(rows, columns=["subject_id", "kind", "path"]), set()
+        if kind: rows.append((subject.format(**match.groupdict()), kind, path, rank))
+    t, bad = pd.DataFrame(rows, columns=["subject_id", "kind", "path", "rank"]), set()
+    t = t[t["rank"] == t.groupby(["subject_id", "kind"])["rank"].transform("min")]
     t = t[(t.kind != "refused") | ~t.duplicated(["subject_id", "kind"])]
     for (s, kind), g in t[t.duplicated(["subject_id", "kind"], keep=False)].groupby(["subject_id", "kind"]):
         faults.append(f"{s}: {len(g)} files for its {kind}: {', '.join(g.path)}: keep one, or make the pattern narrower"); bad.add(s)
@@ -249,7 +256,7 @@ def _located(name: str, root, members: pd.DataFrame) -> tuple[pd.DataFrame, list
     f = facts(name)
     found, faults, bad = _find(root, f["layout"] | {"refused": f["refused"].get("patterns", [])}, f["subject"])
     listed = {s.lower(): s for s in members.subject_id}
-    for s in set(found.index) - set(listed.values()):
+    for s in found.index.difference(list(listed.values())):
         if s.lower() in listed:
             faults.append(f"{name}: {', '.join(p for p in found.loc[s] if p)}: the id differs from {listed[s.lower()]} only in case: rename it"); bad.add(listed[s.lower()])
     for kind, patterns in f["layout"].items():
@@ -290,12 +297,14 @@ def own_splits(ids, healthy: bool, val: int | None = None, test: int | None = No
     if healthy: return pd.DataFrame(dict(subject_id=ids, split=np.where(i < 0, "test", "train"), val_fold=np.where((i >= 0) & (i < folds * val), i // val, -1)))
     return pd.DataFrame(dict(subject_id=ids, split=np.where(i < 0, "test", "val"), val_fold=-1))[:test + val]
 
+# %% ../nbs/01_manifest.ipynb #a545b256
 def _own(root, layout, what, subject="{subject}", pathology="healthy", state="head", space="", val=None, test=None, folds=5, seed=0):
     "The table of subjects and the faults of a user's own folder."
     for column, value in dict(pathology=pathology, state=state, space=space).items(): choice(value, KNOWN[column], f"--{column}")
     found, faults, bad = _find(root, layout, subject)
     images = (found[["T1w", "T2w"]] != "").any(axis=1)
     if not images.any() and not bad: raise UadError(f"{root}: {what} matches none of its {len(_files(root)[0])} NIfTI files (contrasts known: {', '.join(_CONTRAST)}): change the pattern or the folder")
+    for path in found.refused[(found.T1w == "") & (found.refused != "")]: faults.append(f"{Path(root)/path}: is contrast-enhanced (ce-), so its subject has no T1w: add a plain one")
     found = found[images]
     if pathology != "healthy":
         gone = found.index[found.lesion_mask == ""]
@@ -321,14 +330,16 @@ def from_folder(root, pattern: str, lesions: str = "", masks: str = "", contrast
     layout = {"lesion_mask": [lesions], "brain_mask": [masks], choice(contrast, KNOWN["contrast"], "--contrast") if contrast else "image": [pattern]}
     return _own(root, {k: p for k, p in layout.items() if p[0]}, f"the pattern {pattern!r}", pathology=pathology, **kw)
 
+# %% ../nbs/01_manifest.ipynb #1073507f
 def from_bids(root, session: str = "", pathology: str = "healthy", **kw) -> tuple[pd.DataFrame, list[str]]:
     """The table of subjects of a BIDS tree, and the faults: anat/*_T1w and *_T2w of each sub-*; with a `pathology`, lesion masks (label-L, label-lesion or desc-*lesion*; _mask or _dseg) and brain
     masks (desc-brain_mask) anywhere in the tree, derivatives included. session: its label, where subjects have several. kw: as for `from_folder`."""
-    sub, ses = "sub-{label}", f"ses-{session}/" if session else "**/"
-    mask = [f"**/{sub}_*{what}{kind}.nii*" for what in ("label-L_", "label-L_*_", "label-*esion*_", "desc-*esion*_") for kind in ("mask", "dseg")]
-    layout = {"T1w": [f"{sub}/{ses}anat/{sub}_*T1w.nii*"], "T2w": [f"{sub}/{ses}anat/{sub}_*T2w.nii*"], "brain_mask": [f"**/{sub}_*desc-brain_mask.nii*"],
-              "lesion_mask": mask if pathology != "healthy" else []}
-    if session: layout = {k: [p.replace(f"{sub}_*", f"{sub}_ses-{session}_*") for p in ps] for k, ps in layout.items()}
+    sub = "sub-{label}"
+    leads = [f"{sub}_ses-{session}_", f"{sub}_ses-{session}_*"] if session else [f"{sub}_", f"{sub}_ses-{{session}}_", f"{sub}_*"]
+    anat = f"{sub}/ses-{session}/anat/" if session else f"{sub}/**/anat/"
+    lesion = [f"{what}_{kind}" for what in ("label-L", "label-L_*", "label-*esion*", "desc-*esion*") for kind in ("mask", "dseg")] if pathology != "healthy" else []
+    layout = {"refused": [f"{anat}{sub}_*ce-*_T1w.nii*"], "T1w": [f"{anat}{lead}T1w.nii*" for lead in leads], "T2w": [f"{anat}{lead}T2w.nii*" for lead in leads],
+              "brain_mask": [f"**/{lead}desc-brain_mask.nii*" for lead in leads], "lesion_mask": [f"**/{lead}{name}.nii*" for lead in leads for name in lesion]}
     return _own(root, layout, "sub-*/[ses-*/]anat/*_T1w.nii.gz or *_T2w.nii.gz", subject=sub, pathology=pathology, **kw)
 
 # %% ../nbs/01_manifest.ipynb #f18501ee
@@ -340,18 +351,18 @@ def check(dataset: str, split: str = "default", root=None) -> list[str]:
     table = by_fold(used) if split == "default" else published_splits().query("dataset == @name")
     return audit(table) + paper_faults(table) + (_located(name, root, used)[1] if root is not None else [])
 
+def _used(table, root): return [Path(root)/p for p in sorted(set(table[_PATHS].to_numpy().ravel()) - {""})]
+
 def missing_files(table: pd.DataFrame, root) -> list[str]:
     "The files of a table of subjects that are not under `root`, or only through a link that leaves it, a line each."
-    if not Path(root).is_dir(): raise UadError(f"{root}: no such folder: --root must name the data set's folder")
-    paths, real = sorted(set(table[["image", "brain_mask", "lesion_mask", "through"]].to_numpy().ravel()) - {""}), Path(root).resolve()
-    return [f"{Path(root)/p}: no such file: copy it there, or list the subjects again" for p in paths if not (Path(root)/p).is_file()] + \
-           [f"{Path(root)/p}: is a link that leaves {root}: copy what it leads to" for p in paths if (Path(root)/p).is_file() and not (Path(root)/p).resolve().is_relative_to(real)]
+    if not Path(root).is_dir(): raise UadError(f"{root}: no such folder: --root must name the one that holds the scans")
+    return [f"{p}: no such file: copy it there, or list the subjects again" if not p.is_file() else f"{p}: is a link that leaves {root}: copy what it leads to"
+            for p in _used(table, root) if not p.is_file() or not p.resolve().is_relative_to(Path(root).resolve())]
 
 def write_hashes(table: pd.DataFrame, root, path):
     "Record the SHA-256 of every file of a table of subjects in the json file `path`, for `changed_files` to compare. Raises `UadError` when one is missing."
     for line in missing_files(table, root): raise UadError(line)
-    paths = sorted(set(table[["image", "brain_mask", "lesion_mask"]].to_numpy().ravel()) - {""})
-    write_json(path, {"sha256": {p: file_sha256(Path(root)/p) for p in paths}}, HASHES_FORMAT)
+    write_json(path, {"sha256": {p.relative_to(root).as_posix(): file_sha256(p) for p in _used(table, root)}}, HASHES_FORMAT)
 
 def changed_files(root, path) -> list[str]:
     "The files recorded in the json file `path` that are not under `root` any more or differ, a line each."
@@ -388,6 +399,7 @@ def fingerprints(table: pd.DataFrame, root, fingerprint, shape=None, labels=()) 
         if not g.lesion_ml.max() > 0: faults.append(f"{Path(root)/p}: holds no lesion: give the right file, or leave the subject out")
     return t.drop(columns="lesion_mask"), faults
 
+# %% ../nbs/01_manifest.ipynb #86cdd1ce
 def cohort_summary(prints: pd.DataFrame) -> pd.DataFrame:
     "Minimum, median and maximum of each measure of `fingerprints`, by contrast."
     t = prints.drop(columns=["shape", "orientation"]).melt(["subject_id", "contrast"], var_name="measure").dropna()
