@@ -6,19 +6,23 @@ from uad_study import manifest as m
 from uad_study.core import UadError, digest
 from uad_study.volume import fingerprint
 
-# Where the files of two subjects lie in each archive, and, by itself, other ways in which it is found on disks.
+# Where the files of two or three subjects lie in each archive; and other ways in which it is found on disks.
+ATLAS = "sub-r001s001", "sub-r052s032"
+SPACE = "ses-1_space-MNI152NLin2009aSym"
+WMH = "Amsterdam/GE3T/137", "Utrecht/49", "Singapore/68"
 LAYOUTS = {
-    "IXI": ("IXI-T1/IXI002-Guys-0828-T1.nii.gz", "IXI-T2/IXI002-Guys-0828-T2.nii.gz", "IXI-T1/IXI012-HH-1211-T1.nii.gz", "IXI-T2/IXI012-HH-1211-T2.nii.gz", "IXI-PD/IXI012-HH-1211-PD.nii.gz"),
-    "BraTS21": tuple(f"BraTS2021_{i}/BraTS2021_{i}_{k}.nii.gz" for i in ("00000", "01666") for k in ("t1", "t1ce", "t2", "flair", "seg")),
-    "MSLUB": tuple(f"patient{i}/{d}patient{i}_{k}.nii.gz" for i in ("01", "30") for d, ks in (("", ("T1W", "T1WKS", "T2W", "FLAIR", "brainmask", "consensus_gt")), ("raw/", ("T1W", "T1WKS", "T2W", "FLAIR"))) for k in ks),
-    "ATLAS": tuple(f"Training/R0{s[5:7]}/{s}/ses-1/anat/{s}_ses-1_space-MNI152NLin2009aSym_{k}.nii.gz" for s in ("sub-r001s001", "sub-r052s032") for k in ("T1w", "label-L_desc-T1lesion_mask"))
-             + ("MNI152NLin2009aSym.nii.gz", "Testing/R005/sub-r005s999/ses-1/anat/sub-r005s999_ses-1_space-MNI152NLin2009aSym_T1w.nii.gz"),
-    "WMH": tuple(f"{s}/{p}.nii.gz" for s in ("training/Amsterdam/GE3T/137", "training/Utrecht/49", "training/Singapore/68", "test/Amsterdam/GE1T5/150", "test/Amsterdam/Philips_VU .PETMR_01./161")
-                 for p in ("wmh", "pre/T1", "pre/3DT1", "pre/FLAIR", "orig/T1", "orig/3DT1", "orig/FLAIR")) + ("additional_annotations/observer_o3/training/Utrecht/49/result.nii.gz",),
-    "MSLUB ": tuple(f"cross_sectional/{f}/patient{i}/{k}.nii.gz" for i in ("01", "30") for f in ("raw", "coregistered") for k in ("T1W", "T1WKS", "T2W", "brainmask", "consensus_gt")),
-    "ATLAS ": tuple(f"train/derivatives/ATLAS/{s}/ses-1/anat/{s}_ses-1_space-MNI152NLin2009aSym_{k}.nii.gz" for s in ("sub-r001s001", "sub-r052s032") for k in ("T1w", "label-L_desc-T1lesion_mask")),
-    "WMH ": tuple(f"{s}/{p}.nii.gz" for s in ("GE3T/137", "Utrecht/49", "Singapore/68") for p in ("wmh", "pre/T1", "orig/3DT1")),
-    "BraTS21 ": tuple(f"UPENN-GBM/BraTS2021_{i}/BraTS2021_{i}_{k}.nii" for i in ("00000", "01666") for k in ("t1", "t2", "seg")),
+    "IXI": [f"IXI-{k}/{s}-{k}.nii.gz" for s in ("IXI002-Guys-0828", "IXI012-HH-1211") for k in ("T1", "T2", "PD")],
+    "BraTS21": [f"BraTS2021_{i}/BraTS2021_{i}_{k}.nii.gz" for i in ("00000", "01666") for k in ("t1", "t1ce", "t2", "flair", "seg")],
+    "MSLUB": [f"patient{i}/{d}patient{i}_{k}.nii.gz" for i in ("01", "30") for k in ("T1W", "T1WKS", "T2W", "FLAIR") for d in ("", "raw/")]
+             + [f"patient{i}/patient{i}_{k}.nii.gz" for i in ("01", "30") for k in ("brainmask", "consensus_gt")],
+    "ATLAS": [f"Training/R0{s[6:8]}/{s}/ses-1/anat/{s}_{SPACE}_{k}.nii.gz" for s in ATLAS for k in ("T1w", "label-L_desc-T1lesion_mask")]
+             + ["MNI152NLin2009aSym.nii.gz", f"Testing/R005/sub-r005s999/ses-1/anat/sub-r005s999_{SPACE}_T1w.nii.gz"],
+    "WMH": [f"{s}/{k}.nii.gz" for s in [f"training/{s}" for s in WMH] + ["test/Amsterdam/GE1T5/150", "test/Amsterdam/Philips_VU .PETMR_01./161"]
+            for k in ("wmh", "pre/T1", "pre/3DT1", "pre/FLAIR", "orig/T1", "orig/3DT1", "orig/FLAIR")] + ["additional_annotations/observer_o3/training/Utrecht/49/result.nii.gz"],
+    "MSLUB, mirror": [f"cross_sectional/{d}/patient{i}/{k}.nii.gz" for i in ("01", "30") for d in ("raw", "coregistered") for k in ("T1W", "T1WKS", "T2W", "brainmask", "consensus_gt")],
+    "ATLAS, of ISLES 2022": [f"train/derivatives/ATLAS/{s}/ses-1/anat/{s}_{SPACE}_{k}.nii.gz" for s in ATLAS for k in ("T1w", "label-L_desc-T1lesion_mask")],
+    "WMH, a zip per site": [f"{s.removeprefix('Amsterdam/')}/{k}.nii.gz" for s in WMH for k in ("wmh", "pre/T1", "orig/3DT1")],
+    "BraTS21, unpacked": [f"UPENN-GBM/BraTS2021_{i}/BraTS2021_{i}_{k}.nii" for i in ("00000", "01666") for k in ("t1", "t2", "seg")],
 }
 FOUND = {"IXI": ["IXI002-Guys-0828", "IXI012-HH-1211"], "BraTS21": ["BraTS2021_00000", "BraTS2021_01666"], "MSLUB": ["patient01", "patient30"], "ATLAS": ["sub-r001s001", "sub-r052s032"],
          "WMH": ["GE3T_137", "Singapore_68", "Utrecht_49"]}
@@ -77,7 +81,7 @@ def test_every_published_fault_is_named():
 
 @pytest.mark.parametrize("key", LAYOUTS)
 def test_layout_is_found_whole(tmp_path, key):
-    name = key.strip()
+    name = key.split(",")[0]
     root = touch(tmp_path/"a folder", *LAYOUTS[key])
     members = m.listing(name)
     table, faults = m._located(name, root, members[members.subject_id.isin(FOUND[name])])
@@ -135,8 +139,10 @@ def test_faults_of_files(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(contrast="T2"), ["'a'", "contrast", "did you mean 'T2w'"]), (dict(split="tset"), ["split", "did you mean 'test'"]), (dict(pathology="tumor"), ["did you mean 'tumour'"]),
     (dict(state="skull"), ["state", "head, stripped"]), (dict(space="MNI"), ["space", "SRI24"]), (dict(val_fold="x"), ["val_fold", "-1 for none"]), (dict(val_fold="0"), ["split is train"]),
-    (dict(split="train"), ["healthy"]), (dict(image=""), ["may not be empty"]), (dict(image="/a.nii"), ["image", "leaves the root"]), (dict(lesion_mask="b/../../a.nii"), ["lesion_mask", "leaves the root"]),
-    (dict(through="C:\\a.nii"), ["through", "leaves the root"]), (dict(ignore="two"), ["ignore", "label values"]), (dict(extra="1"), ["columns", "extra"]),
+    (dict(split="train"), ["healthy"]), (dict(image=""), ["may not be empty"]), (dict(image="/a.nii"), ["image", "leaves the root"]),
+    (dict(lesion_mask="b/../../a.nii"), ["lesion_mask", "leaves the root"]),
+    (dict(subject_id="../a"), ["no slash"]), (dict(through="C:\\a.nii"), ["through", "leaves the root"]),
+    (dict(ignore="two"), ["ignore", "label values"]), (dict(extra="1"), ["columns", "extra"]),
 ])
 def test_faults_of_a_table(tmp_path, change, words):
     row = dict(zip(m.SUBJECT_COLUMNS, ("X", "a", "T2w", "ms", "val", "-1", "a.nii", "", "m.nii", "", "head", "", ""))) | change
@@ -171,10 +177,14 @@ def test_own_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kw, words", [
-    (dict(pattern="*_T1.nii.gz"), ["--pattern", "lacks {subject}"]), (dict(pattern="../{subject}_{contrast}.nii.gz"), ["leaves the root"]), (dict(pattern="{subject}_{contast}.nii.gz"), ["did you mean 'contrast'"]),
-    (dict(pattern="{subject}-{contrast}.nii.gz"), ["matches none of its 4 NIfTI files"]), (dict(pattern="{subject}.nii.gz"), ["--contrast"]), (dict(pattern="{subject}.nii.gz", contrast="T1"), ["did you mean 'T1w'"]),
-    (dict(pathology="ms"), ["--lesions"]), (dict(lesions="seg.nii.gz", pathology="ms"), ["--lesions", "lacks {subject}"]), (dict(lesions="{subject}_seg.nii.gz", pathology="mss"), ["did you mean 'ms'"]),
-    (dict(lesions="{subject}_seg.nii.gz", pathology="ms"), ["no subject is left", "no lesion mask of 4 subjects"]), (dict(state="haed"), ["--state", "'head'"]), (dict(val=3), ["needs", "there are 4"]), (dict(val=-1, test=1), ["positive"]),
+    (dict(pattern="*_T1.nii.gz"), ["--pattern", "lacks {subject}"]),
+    (dict(pattern="../{subject}_{contrast}.nii.gz"), ["leaves the root"]), (dict(pattern="{subject}_{contast}.nii.gz"), ["did you mean 'contrast'"]),
+    (dict(pattern="{subject}-{contrast}.nii.gz"), ["matches none of its 4 NIfTI files"]),
+    (dict(pattern="{subject}.nii.gz"), ["--contrast"]), (dict(pattern="{subject}.nii.gz", contrast="T1"), ["did you mean 'T1w'"]),
+    (dict(pathology="ms"), ["--lesions"]), (dict(lesions="seg.nii.gz", pathology="ms"), ["--lesions", "lacks {subject}"]),
+    (dict(lesions="{subject}_seg.nii.gz", pathology="mss"), ["did you mean 'ms'"]),
+    (dict(lesions="{subject}_seg.nii.gz", pathology="ms"), ["no subject is left", "no lesion mask of 4 subjects"]),
+    (dict(state="haed"), ["--state", "'head'"]), (dict(val=3), ["needs", "there are 4"]), (dict(val=-1, test=1), ["positive"]),
 ])
 def test_faults_of_own_folder(tmp_path, kw, words):
     touch(tmp_path, *(f"s{i}_T1.nii.gz" for i in range(4)))
@@ -183,8 +193,10 @@ def test_faults_of_own_folder(tmp_path, kw, words):
 
 
 def test_own_bids(tmp_path):
-    touch(tmp_path, "dataset_description.json", *(f"sub-{i:02d}/anat/sub-{i:02d}_{c}.nii.gz" for i in range(8) for c in ("T1w", "acq-tse_T2w", "FLAIR")), "sub-00/func/sub-00_task-rest_bold.nii.gz",
-          *(f"derivatives/lesions/sub-{i:02d}/anat/sub-{i:02d}_{what}.nii.gz" for i, what in enumerate(("label-L_mask", "label-lesion_mask", "space-T1w_label-L_desc-T1lesion_mask", "desc-lesion_mask", "label-lesion_dseg", "label-L_dseg"))),
+    lesions = "label-L_mask", "label-lesion_mask", "space-T1w_label-L_desc-T1lesion_mask", "desc-lesion_mask", "label-lesion_dseg", "label-L_dseg"
+    touch(tmp_path, "dataset_description.json", "sub-00/func/sub-00_task-rest_bold.nii.gz",
+          *(f"sub-{i:02d}/anat/sub-{i:02d}_{c}.nii.gz" for i in range(8) for c in ("T1w", "acq-tse_T2w", "FLAIR")),
+          *(f"derivatives/lesions/sub-{i:02d}/anat/sub-{i:02d}_{what}.nii.gz" for i, what in enumerate(lesions)),
           *(f"derivatives/fmriprep/sub-{i:02d}/anat/sub-{i:02d}_{what}.nii.gz" for i in range(8) for what in ("desc-brain_mask", "dseg", "desc-preproc_T1w")))
     table, faults = m.from_bids(tmp_path, pathology="ms", test=4)
     assert sorted(set(table.subject_id)) == [f"sub-{i:02d}" for i in range(6)] and len(table) == 12 and "no lesion mask of 2 subjects: sub-06, sub-07" in faults[0]
@@ -206,8 +218,10 @@ def test_from_folder_hash_check(tmp_path):
     "From a folder of scans to a table, its fingerprint, and every kind of damage, as a user types it."
     root = tmp_path/"scans"
     for i in range(9):
-        scan(root/f"p{i}_T2.nii.gz", affine=np.diag([1, 1, 2 + 4. * (i == 4), 1])); scan(root/f"p{i}_seg.nii.gz", data=np.full((6, 7, 8), 1, np.uint8), affine=np.diag([1, 1, 2 + 4. * (i == 4), 1]))
-    r = uad("manifest", "from-folder", root, "--pattern", "{subject}_{contrast}.nii.gz", "--lesions", "{subject}_seg.nii.gz", "--pathology", "ms", "--val", "3", "--out", "s.csv", cwd=tmp_path)
+        affine = np.diag([1, 1, 2 + 4. * (i == 4), 1])
+        scan(root/f"p{i}_T2.nii.gz", affine=affine); scan(root/f"p{i}_seg.nii.gz", affine=affine, data=np.ones((6, 7, 8), np.uint8))
+    own = "from-folder", root, "--pattern", "{subject}_{contrast}.nii.gz", "--lesions", "{subject}_seg.nii.gz", "--pathology", "ms"
+    r = uad("manifest", *own, "--val", "3", "--out", "s.csv", cwd=tmp_path)
     assert r.returncode == 0 and "9 subjects (test 6, val 3), 9 scans: no faults" in r.stdout, r.stdout + r.stderr
     assert uad("manifest", "hash", "s.csv", "--root", root, "--out", "h.json", cwd=tmp_path).returncode == 0
     r = uad("manifest", "check", "s.csv", "--root", root, "--hash", "h.json", cwd=tmp_path)
@@ -216,7 +230,8 @@ def test_from_folder_hash_check(tmp_path):
     (root/"p3_T2.nii.gz").write_bytes((root/"p3_T2.nii.gz").read_bytes()[:99]); (root/"p5_T2.nii.gz").unlink()
     r = uad("manifest", "check", "s.csv", "--root", root, "--hash", "h.json", cwd=tmp_path)
     assert r.returncode == 1
-    for words in ("p0_seg.nii.gz: holds no lesion", "p1_seg.nii.gz: unexpected shape 6x7x9", "p2_seg.nii.gz: holds 0.", "p3_T2.nii.gz: cannot be read", "p5_T2.nii.gz: no such file", "p0_seg.nii.gz: changed"): assert words in r.stdout, (words, r.stdout)
+    for words in ("p0_seg.nii.gz: holds no lesion", "p1_seg.nii.gz: unexpected shape 6x7x9", "p2_seg.nii.gz: holds 0.", "p3_T2.nii.gz: cannot be read", "p5_T2.nii.gz: no such file",
+                  "p0_seg.nii.gz: changed"): assert words in r.stdout, (words, r.stdout)
     one_line(uad("manifest", "check", "s.csv", "--hash", "h.json", cwd=tmp_path), "--root")
     one_line(uad("manifest", "from-folder", root, "--pattern", "{subject}_{contrast}.nii", "--out", "t.csv", cwd=tmp_path), "matches none")
     assert not (tmp_path/"t.csv").exists()
@@ -246,3 +261,4 @@ def test_a_table_with_leakage(tmp_path):
     m.write_subjects(pd.DataFrame([row, row | dict(contrast="T1w", split="test")]), tmp_path/"s.csv")
     r = uad("manifest", "check", tmp_path/"s.csv")
     assert r.returncode == 1 and "X: leakage: val and test share 1 subject: a" in r.stdout
+    with pytest.raises(UadError, match="'[aA]': differs from another id only in case"): m.write_subjects(pd.DataFrame([row, row | dict(subject_id="A")]), tmp_path/"t.csv")

@@ -184,7 +184,8 @@ def check(dataset: What, split: Annotated[str, typer.Option(help="published or d
     _faults(faults, dataset if own else f"{dataset}, {split} split")
 
 @manifest_app.command("hash")
-def record_hashes(dataset: What, root: Annotated[Path, typer.Option(help="The folder that the files are in.")], out: Annotated[Path, typer.Option("--out", "-o", help="The json file to write.")] = Path("hashes.json")):
+def record_hashes(dataset: What, root: Annotated[Path, typer.Option(help="The folder that the files are in.")],
+                  out: Annotated[Path, typer.Option("--out", "-o", help="The json file to write.")] = Path("hashes.json")):
     "Record the SHA-256 of every file, for `uad manifest check --hash FILE`."
     from uad_study import manifest
     table, faults = (manifest.read_subjects(dataset), []) if dataset.endswith(".csv") else manifest.subjects(dataset, root)
@@ -216,17 +217,21 @@ def _written(table, faults, out):
     _faults(faults, f"{out}: {table.subject_id.nunique()} subjects ({', '.join(f'{k} {n}' for k, n in counts.items())}), {len(table)} scans")
 
 @manifest_app.command()
-def from_folder(folder: Folder, pattern: Annotated[str, typer.Option(help="Where scans lie, such as '{subject}_{contrast}.nii.gz' or '{subject}/{contrast}.nii.gz'; * any text, **/ any folders.")],
-                lesions: Annotated[str, typer.Option(help="Where lesion masks lie, such as '{subject}_seg.nii.gz'.")] = "", masks: Annotated[str, typer.Option(help="Where brain masks lie.")] = "",
-                contrast: Annotated[str, typer.Option(help="T1w or T2w, where the pattern has no {contrast}.")] = "", pathology: Pathology = "healthy", state: State = "head", space: Space = "",
+def from_folder(folder: Folder, pattern: Annotated[str, typer.Option(help="Where scans lie: '{subject}_{contrast}.nii.gz', '{subject}/**/*_{contrast}.nii.gz' ...")],
+                lesions: Annotated[str, typer.Option(help="Where lesion masks lie, such as '{subject}_seg.nii.gz'.")] = "",
+                masks: Annotated[str, typer.Option(help="Where brain masks lie.")] = "",
+                contrast: Annotated[str, typer.Option(help="T1w or T2w, where the pattern has no {contrast}.")] = "",
+                pathology: Pathology = "healthy", state: State = "head", space: Space = "",
                 val: Val = None, test: Test = None, folds: Folds = 5, seed: Seed = 0, out: Table = Path("subjects.csv")):
     "List the scans of a folder and split their subjects. Exit code 1 if some had faults (they are left out)."
     from uad_study import manifest
-    _written(*manifest.from_folder(folder, pattern, lesions, masks, contrast, pathology, state=state, space=space, val=val, test=test, folds=folds, seed=seed), out)
+    _written(*manifest.from_folder(folder, pattern, lesions, masks, contrast, pathology,
+                                   state=state, space=space, val=val, test=test, folds=folds, seed=seed), out)
 
 @manifest_app.command()
-def from_bids(folder: Folder, session: Annotated[str, typer.Option(help="The label of the session to use, where subjects have several.")] = "", pathology: Pathology = "healthy", state: State = "head",
-              space: Space = "", val: Val = None, test: Test = None, folds: Folds = 5, seed: Seed = 0, out: Table = Path("subjects.csv")):
+def from_bids(folder: Folder, session: Annotated[str, typer.Option(help="The label of the session to use, where subjects have several.")] = "",
+              pathology: Pathology = "healthy", state: State = "head", space: Space = "",
+                val: Val = None, test: Test = None, folds: Folds = 5, seed: Seed = 0, out: Table = Path("subjects.csv")):
     "List the T1w and T2w scans of a BIDS tree and split their subjects. Exit code 1 if some had faults (they are left out)."
     from uad_study import manifest
     _written(*manifest.from_bids(folder, session, pathology, state=state, space=space, val=val, test=test, folds=folds, seed=seed), out)

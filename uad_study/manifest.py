@@ -82,7 +82,8 @@ def audit(table: pd.DataFrame) -> list[str]:
         if (t.subject_id == "").any() or t.subject_id.isna().any(): faults.append(f"{name}: {int((t.subject_id == '').sum() + t.subject_id.isna().sum())} rows without a subject id")
         for (split, fold), g in t.groupby(["split", "fold"]):
             twice = g.subject_id[g.subject_id.duplicated()].unique()
-            if len(twice): faults.append(f"{name}{f' fold {fold}' if fold >= 0 else ''}: duplicates: {split} has {len(g)} rows but {g.subject_id.nunique()} subjects, more than once {_some(twice)}")
+            where = f"{name}{f' fold {fold}' if fold >= 0 else ''}"
+            if len(twice): faults.append(f"{where}: duplicates: {split} has {len(g)} rows but {g.subject_id.nunique()} subjects, more than once {_some(twice)}")
         members = {(s, f): set(t.subject_id[(t.split == s) & t.fold.isin([f, -1])]) for s in ("train", "val", "test") for f in _folds(t)}
         for f in _folds(t):
             for a, b in combinations(("train", "val", "test"), 2):
@@ -153,10 +154,10 @@ def by_fold(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/01_manifest.ipynb #676c4893
 SUBJECT_COLUMNS = ["dataset", "subject_id", "contrast", "pathology", "split", "val_fold", "image", "brain_mask", "lesion_mask", "through", "state", "space", "ignore"]
-KNOWN = dict(contrast=("T1w", "T2w"), pathology=("healthy", "tumour", "ms", "stroke", "wmh"), split=("train", "val", "test"), state=("head", "stripped"), space=("", "SRI24", "MNI152NLin2009aSym"))
-"""dataset, subject_id, contrast, pathology, split, val_fold (k: validation in fold k, training in the others; -1: none), image, brain_mask, lesion_mask ('' where there is none), through (the
-subject's T1w, through which its T2w registers), state (whole 'head' or 'stripped'), space ('' = the scanner's), ignore (labels of the lesion mask that count neither way, such as '2')."""
-
+KNOWN = dict(contrast=("T1w", "T2w"), pathology=("healthy", "tumour", "ms", "stroke", "wmh"), split=("train", "val", "test"),
+             state=("head", "stripped"), space=("", "SRI24", "MNI152NLin2009aSym"))
+"""The values of these columns. The others: dataset, subject_id, val_fold (k: validation in fold k, training in the others; -1: none), image, brain_mask, lesion_mask ('' where there is none),
+through (the subject's T1w, through which its T2w registers), ignore (labels of the lesion mask that count neither way, such as '2'). space '' is the scanner's."""
 _PATHS = ["image", "brain_mask", "lesion_mask", "through"]
 
 def _inside(path: str, where: str) -> str:
@@ -175,6 +176,8 @@ def _checked(table: pd.DataFrame, where: str) -> pd.DataFrame:
     refuse(~table.val_fold.astype(str).str.fullmatch(r"-1|\d+"), "val_fold must be a whole number, or -1 for none")
     table = table.astype({"val_fold": int})
     refuse((table.subject_id == "") | (table.image == ""), "subject_id and image may not be empty")
+    refuse(~table.subject_id.str.fullmatch(r"[^/\\.][^/\\]*"), "an id names files, so it may hold no slash and not begin with a dot: rename it")
+    refuse(table.groupby(["dataset", table.subject_id.str.lower()]).subject_id.transform("nunique") > 1, "differs from another id only in case: rename one")
     refuse((table.val_fold >= 0) & (table.split != "train"), "val_fold is for subjects whose split is train: use -1")
     refuse((table.split == "train") & (table.pathology != "healthy"), "split train is for healthy subjects: use val or test")
     refuse(~table.ignore.str.fullmatch(r"(\d+( \d+)*)?"), "ignore must be whole label values with a space between, or empty")
@@ -212,7 +215,7 @@ def _files(root) -> tuple[list[str], list[str]]:
     "The NIfTI files under the folder `root` (paths relative to it), and the faults: links that lead out of it or to nothing."
     if not Path(root).is_dir(): raise UadError(f"{root}: no such folder: name the one that holds the scans")
     found, faults, real = [], [], Path(root).resolve()
-    for folder, dirs, names in os.walk(root):
+    for folder, dirs, names in os.walk(root, onerror=lambda e: faults.append(f"{e.filename}: cannot be read: {e.strerror}: change its permissions")):
         dirs.sort()
         for name in sorted([d for d in dirs if Path(folder, d).is_symlink()] + [n for n in names if n.endswith((".nii", ".nii.gz")) and n[0] != "."]):
             p = Path(folder, name)
@@ -226,7 +229,7 @@ def _find(root, layout: dict, subject: str = "{subject}") -> tuple[pd.DataFrame,
     """The files of each subject under `root`: (found, faults, bad). `layout` is kind to patterns; the first that matches a file has it, and of a subject's files those of the
     earliest pattern count; where a pattern has {contrast}, that is the kind.
 
-    found: index subject_id, columns `_KINDS` and refused, '' where there is none; without the subjects in `bad`, which have two files of a kind or an id that differs from another's in case."""
+    found: index subject_id, columns `_KINDS` and refused, '' where there is none. bad: the subjects left out, with two files of a kind or an id that differs from another's in case."""
     paths, faults = _files(root)
     patterns, rows = [(kind, _regex(p)) for kind, ps in layout.items() for p in ps], []
     for path in paths:
@@ -278,14 +281,14 @@ def subjects(dataset: str, root, split: str = "default") -> tuple[pd.DataFrame, 
     name = dataset_name(dataset)
     t = listing(name)
     if choice(split, ("published", "default"), "--split") == "published":
-        if PAPER_SIZES[name][0]: raise UadError(f"--split: the published lists of {name} share subjects between train and test (see `uad manifest check {name} --split published`): use default")
+        if PAPER_SIZES[name][0]: raise UadError(f"--split: the published lists of {name} share subjects between train and test (`uad manifest check {name} --split published`): use default")
         t = t.assign(split=t.published)
     return _located(name, root, t[t.split != ""])
 
 # %% ../nbs/01_manifest.ipynb #1381149a
 def own_splits(ids, healthy: bool, val: int | None = None, test: int | None = None, folds: int = 5, seed: int = 0) -> pd.DataFrame:
-    """A seeded split of subject ids: subject_id, split, val_fold. Healthy: `test` subjects, `folds` disjoint validation sets of `val`, the rest always trained on. With lesions: `val`, `test`
-    (default: all others). Raises `UadError` when there are too few."""
+    """A seeded split of subject ids: subject_id, split, val_fold. Healthy: `test` subjects, `folds` disjoint validation sets of `val`, the rest always trained on.
+    With lesions: `val`, and `test` (default: all others). Raises `UadError` when there are too few."""
     ids = [str(s) for s in np.random.default_rng(derive_seed("own split", seed)).permutation(sorted(ids))]
     n = len(ids)
     if val is None: val = max(1, round(n * 44 / 560)) if healthy else round(n / 4) or int(n > 1)
@@ -303,7 +306,8 @@ def _own(root, layout, what, subject="{subject}", pathology="healthy", state="he
     for column, value in dict(pathology=pathology, state=state, space=space).items(): choice(value, KNOWN[column], f"--{column}")
     found, faults, bad = _find(root, layout, subject)
     images = (found[["T1w", "T2w"]] != "").any(axis=1)
-    if not images.any() and not bad: raise UadError(f"{root}: {what} matches none of its {len(_files(root)[0])} NIfTI files (contrasts known: {', '.join(_CONTRAST)}): change the pattern or the folder")
+    if not images.any() and not bad:
+        raise UadError(f"{root}: {what} matches none of its {len(_files(root)[0])} NIfTI files (contrasts known: {', '.join(_CONTRAST)}): change the pattern or the folder")
     for path in found.refused[(found.T1w == "") & (found.refused != "")]: faults.append(f"{Path(root)/path}: is contrast-enhanced (ce-), so its subject has no T1w: add a plain one")
     found = found[images]
     if pathology != "healthy":
@@ -332,8 +336,8 @@ def from_folder(root, pattern: str, lesions: str = "", masks: str = "", contrast
 
 # %% ../nbs/01_manifest.ipynb #1073507f
 def from_bids(root, session: str = "", pathology: str = "healthy", **kw) -> tuple[pd.DataFrame, list[str]]:
-    """The table of subjects of a BIDS tree, and the faults: anat/*_T1w and *_T2w of each sub-*; with a `pathology`, lesion masks (label-L, label-lesion or desc-*lesion*; _mask or _dseg) and brain
-    masks (desc-brain_mask) anywhere in the tree, derivatives included. session: its label, where subjects have several. kw: as for `from_folder`."""
+    """The table of subjects of a BIDS tree, and the faults: anat/*_T1w and *_T2w of each sub-*; anywhere in the tree, derivatives included, brain masks (desc-brain_mask) and, with a
+    `pathology`, lesion masks (label-L, label-lesion or desc-*lesion*; _mask or _dseg). session: its label, where subjects have several. kw: as for `from_folder`."""
     sub = "sub-{label}"
     leads = [f"{sub}_ses-{session}_", f"{sub}_ses-{session}_*"] if session else [f"{sub}_", f"{sub}_ses-{{session}}_", f"{sub}_*"]
     anat = f"{sub}/ses-{session}/anat/" if session else f"{sub}/**/anat/"
@@ -359,10 +363,14 @@ def missing_files(table: pd.DataFrame, root) -> list[str]:
     return [f"{p}: no such file: copy it there, or list the subjects again" if not p.is_file() else f"{p}: is a link that leaves {root}: copy what it leads to"
             for p in _used(table, root) if not p.is_file() or not p.resolve().is_relative_to(Path(root).resolve())]
 
+def _sha256(path):
+    try: return file_sha256(path)
+    except OSError as e: raise UadError(f"{path}: cannot be read: {e.strerror}: change its permissions, or copy it again") from e
+
 def write_hashes(table: pd.DataFrame, root, path):
     "Record the SHA-256 of every file of a table of subjects in the json file `path`, for `changed_files` to compare. Raises `UadError` when one is missing."
     for line in missing_files(table, root): raise UadError(line)
-    write_json(path, {"sha256": {p.relative_to(root).as_posix(): file_sha256(p) for p in _used(table, root)}}, HASHES_FORMAT)
+    write_json(path, {"sha256": {p.relative_to(root).as_posix(): _sha256(p) for p in _used(table, root)}}, HASHES_FORMAT)
 
 def changed_files(root, path) -> list[str]:
     "The files recorded in the json file `path` that are not under `root` any more or differ, a line each."
@@ -370,13 +378,13 @@ def changed_files(root, path) -> list[str]:
     for p, sha256 in read_json(path, HASHES_FORMAT).get("sha256", {}).items():
         p = Path(root)/_inside(p, str(path))
         if not p.is_file(): faults.append(f"{p}: no such file, but {path} lists it: copy it again")
-        elif file_sha256(p) != sha256: faults.append(f"{p}: changed: differs from its sha256 in {path}: copy it again, or record the hashes anew")
+        elif _sha256(p) != sha256: faults.append(f"{p}: changed: differs from its sha256 in {path}: copy it again, or record the hashes anew")
     return faults
 
 # %% ../nbs/01_manifest.ipynb #23c44d0d
 def fingerprints(table: pd.DataFrame, root, fingerprint, shape=None, labels=()) -> tuple[pd.DataFrame, list[str]]:
-    """A row per image of a table of subjects: subject_id, contrast, shape ('256x256x150'), orientation, voxel_x, voxel_y, voxel_z (mm), p1, p50, p99 (of the voxels that are not 0), lesion_ml
-    (labels to ignore left out, NaN without a mask); and the faults: unreadable files, another `shape`, labels not in `labels`, empty masks, masks on none of the subject's grids.
+    """A row per image of a table of subjects: subject_id, contrast, shape ('256x256x150'), orientation, voxel_x, voxel_y, voxel_z (mm), p1, p50, p99 (of the voxels that are not 0),
+    lesion_ml (without the labels to ignore; NaN without a mask); and the faults: unreadable files, another `shape`, labels not in `labels`, empty masks, masks on none of the subject's grids.
 
     fingerprint(path, mask=False) -> dict is `volume.fingerprint`."""
     from tqdm import tqdm
@@ -388,8 +396,8 @@ def fingerprints(table: pd.DataFrame, root, fingerprint, shape=None, labels=()) 
         except UadError as e: faults.append(str(e)); continue
         m = masks.get(r.lesion_mask)
         ml = sum(v for label, v in m["ml"].items() if str(label) not in r.ignore.split()) if m else np.nan
-        rows.append(dict(subject_id=r.subject_id, contrast=r.contrast, shape="x".join(map(str, f["shape"])), orientation=f["orientation"], **dict(zip(("voxel_x", "voxel_y", "voxel_z"), f["spacing"])),
-                         p1=f["p1"], p50=f["p50"], p99=f["p99"], lesion_ml=ml, lesion_mask=r.lesion_mask))
+        rows.append(dict(subject_id=r.subject_id, contrast=r.contrast, shape="x".join(map(str, f["shape"])), orientation=f["orientation"],
+                         **dict(zip(("voxel_x", "voxel_y", "voxel_z"), f["spacing"])), p1=f["p1"], p50=f["p50"], p99=f["p99"], lesion_ml=ml, lesion_mask=r.lesion_mask))
         if shape and list(f["shape"]) != list(shape): faults.append(f"{Path(root)/r.image}: unexpected shape {rows[-1]['shape']}, not {'x'.join(map(str, shape))}: download it again")
     t = pd.DataFrame(rows, columns=["subject_id", "contrast", "shape", "orientation", "voxel_x", "voxel_y", "voxel_z", "p1", "p50", "p99", "lesion_ml", "lesion_mask"])
     for p, g in t[t.lesion_mask != ""].groupby("lesion_mask"):
@@ -406,14 +414,15 @@ def cohort_summary(prints: pd.DataFrame) -> pd.DataFrame:
     return t.groupby(["contrast", "measure"], sort=False).value.agg(["min", "median", "max"])
 
 def outliers(prints: pd.DataFrame) -> list[str]:
-    "The scans of `fingerprints` that are unlike the others of their contrast, a line each (of cohorts of at least 8): measures far from the median, shapes and orientations that fewer than one in 20 have."
+    "The scans of `fingerprints` unlike the others of their contrast (of at least 8), a line each: measures far from the median, shapes and orientations that fewer than one in 20 have."
     lines = []
     for contrast, t in prints.groupby("contrast"):
         if len(t) < 8: continue
         for measure in ("voxel_x", "voxel_y", "voxel_z", "p50", "p99", "lesion_ml"):
             v = np.log10(t[measure].where(t[measure] > 0))
             far = (v - v.median()).abs()
-            for i in t.index[far > 5 * max(.01, 1.4826 * far.median())]: lines.append(f"outlier: {t.subject_id[i]} {contrast}: {measure} {t[measure][i]:.4g} (median {t[measure].median():.4g})")
+            for i in t.index[far > 5 * max(.01, 1.4826 * far.median())]:
+                lines.append(f"outlier: {t.subject_id[i]} {contrast}: {measure} {t[measure][i]:.4g} (median {t[measure].median():.4g})")
         for what in ("shape", "orientation"):
             share = t[what].map(t[what].value_counts(normalize=True))
             for i in t.index[share < .05]: lines.append(f"outlier: {t.subject_id[i]} {contrast}: {what} {t[what][i]} (most have {t[what].mode()[0]})")

@@ -96,8 +96,8 @@ def save_volume(path, data, affine):
 
 # %% ../nbs/10_volume.ipynb #eae5b9e5
 def fingerprint(path, mask: bool = False) -> dict:
-    """shape (voxels) and spacing (mm) in the order of the file, orientation (such as 'PSR': which way each axis runs); of a scan p1, p50, p99 (percentiles of the voxels that are not 0), of a
-    mask ml ({label: mL}, without 0). Raises `UadError` when the file can't be used, or a mask holds values that are not whole numbers."""
+    """shape (voxels) and spacing (mm) in the order of the file, orientation (such as 'PSR': which way each axis runs); of a scan p1, p50, p99 (percentiles of the voxels that are
+    not 0), of a mask ml ({label: mL}, without 0). Raises `UadError` when the file can't be used, or a mask holds values that are not whole numbers."""
     import nibabel
     from nibabel.affines import voxel_sizes
     data, image = (_open(path) if mask else load_volume(path)).data, nibabel.load(path)
