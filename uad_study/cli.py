@@ -179,7 +179,7 @@ def check(dataset: What, split: Annotated[str, typer.Option(help="published or d
         faults += more + (manifest.changed_files(root, hashes) if hashes else [])
         if len(prints):
             print(manifest.cohort_summary(prints).to_string(float_format="{:.4g}".format))
-            print(prints.groupby(["contrast", "shape", "orientation"]).size().rename("images").to_string())
+            print(prints.value_counts(["contrast", "shape", "orientation"]).rename("images").head(12).to_string())
         for line in manifest.outliers(prints): print(line)
     _faults(faults, dataset if own else f"{dataset}, {split} split")
 
@@ -214,7 +214,7 @@ def _written(table, faults, out):
     from uad_study.manifest import write_subjects
     write_subjects(table, out)
     counts = table.drop_duplicates("subject_id").groupby("split").size()
-    _faults(faults, f"{out}: {table.subject_id.nunique()} subjects ({', '.join(f'{k} {n}' for k, n in counts.items())}), {len(table)} scans")
+    _faults(faults, f"{out}: {counts.sum()} subject{'s' * (counts.sum() != 1)} ({', '.join(f'{k} {n}' for k, n in counts.items())}), {len(table)} scan{'s' * (len(table) != 1)}")
 
 @manifest_app.command()
 def from_folder(folder: Folder, pattern: Annotated[str, typer.Option(help="Where scans lie: '{subject}_{contrast}.nii.gz', '{subject}/**/*_{contrast}.nii.gz' ...")],

@@ -216,7 +216,7 @@ def _files(root) -> tuple[list[str], list[str]]:
     if not Path(root).is_dir(): raise UadError(f"{root}: no such folder: name the one that holds the scans")
     found, faults, real = [], [], Path(root).resolve()
     for folder, dirs, names in os.walk(root, onerror=lambda e: faults.append(f"{e.filename}: cannot be read: {e.strerror}: change its permissions")):
-        dirs.sort()
+        dirs[:] = sorted(d for d in dirs if d[0] != ".")
         for name in sorted([d for d in dirs if Path(folder, d).is_symlink()] + [n for n in names if n.endswith((".nii", ".nii.gz")) and n[0] != "."]):
             p = Path(folder, name)
             if p.is_symlink() and not p.exists(): faults.append(f"{p}: is a link to nothing: fetch or copy the file")
@@ -309,13 +309,16 @@ def _own(root, layout, what, subject="{subject}", pathology="healthy", state="he
     if not images.any() and not bad:
         raise UadError(f"{root}: {what} matches none of its {len(_files(root)[0])} NIfTI files (contrasts known: {', '.join(_CONTRAST)}): change the pattern or the folder")
     for path in found.refused[(found.T1w == "") & (found.refused != "")]: faults.append(f"{Path(root)/path}: is contrast-enhanced (ce-), so its subject has no T1w: add a plain one")
-    found = found[images]
     if pathology != "healthy":
-        gone = found.index[found.lesion_mask == ""]
-        if len(gone): faults.append(f"{root}: no lesion mask of {_some(gone)}: add it, or put healthy subjects into a folder of their own")
-        found = found.drop(gone)
+        gone = found.index[images & (found.lesion_mask == "")]
+        other = found.index[~images & (found.lesion_mask != "")]
+        there = f" (there are masks of {_some(other)})" if len(other) else ""
+        if len(gone): faults.append(f"{root}: no lesion mask of {_some(gone)}{there}: add it, or put healthy subjects into a folder of their own")
+        images &= found.lesion_mask != ""
+    found = found[images]
     if not len(found): raise UadError(f"{root}: no subject is left: {faults[-1]}")
-    members = own_splits(found.index, pathology == "healthy", val, test, folds, seed)
+    try: members = own_splits(found.index, pathology == "healthy", val, test, folds, seed)
+    except UadError as e: raise UadError(f"{e} (some have faults: {faults[0]})" if faults else str(e)) from None
     left = found.index.difference(members.subject_id)
     if len(left): faults.append(f"{root}: in neither val nor test: {_some(left)}: raise --val or --test")
     return _table(found, members, dataset=Path(root).resolve().name, pathology=pathology, state=state, space=space, ignore=""), faults
@@ -405,16 +408,16 @@ def fingerprints(table: pd.DataFrame, root, fingerprint, shape=None, labels=()) 
         if size not in set(g["shape"]): faults.append(f"{Path(root)/p}: unexpected shape {size}, but the image has {g['shape'].iloc[0]}: give the mask on the image's grid")
         if odd: faults.append(f"{Path(root)/p}: unexpected label {', '.join(map(str, odd))} (known: {', '.join(labels)}): download it again")
         if not g.lesion_ml.max() > 0: faults.append(f"{Path(root)/p}: holds no lesion: give the right file, or leave the subject out")
-    return t.drop(columns="lesion_mask"), faults
+    return t.drop(columns="lesion_mask"), list(dict.fromkeys(faults))
 
 # %% ../nbs/01_manifest.ipynb #86cdd1ce
 def cohort_summary(prints: pd.DataFrame) -> pd.DataFrame:
     "Minimum, median and maximum of each measure of `fingerprints`, by contrast."
-    t = prints.drop(columns=["shape", "orientation"]).melt(["subject_id", "contrast"], var_name="measure").dropna()
+    t = prints.drop(columns=["shape", "orientation"]).melt(["subject_id", "contrast"], var_name="measure").dropna().sort_values("contrast", kind="stable")
     return t.groupby(["contrast", "measure"], sort=False).value.agg(["min", "median", "max"])
 
 def outliers(prints: pd.DataFrame) -> list[str]:
-    "The scans of `fingerprints` unlike the others of their contrast (of at least 8), a line each: measures far from the median, shapes and orientations that fewer than one in 20 have."
+    "The scans of `fingerprints` unlike the others of their contrast (of at least 8), a line each: measures far from the median, shapes and orientations rare (one in 20) where most agree."
     lines = []
     for contrast, t in prints.groupby("contrast"):
         if len(t) < 8: continue
@@ -424,8 +427,8 @@ def outliers(prints: pd.DataFrame) -> list[str]:
             for i in t.index[far > 5 * max(.01, 1.4826 * far.median())]:
                 lines.append(f"outlier: {t.subject_id[i]} {contrast}: {measure} {t[measure][i]:.4g} (median {t[measure].median():.4g})")
         for what in ("shape", "orientation"):
-            share = t[what].map(t[what].value_counts(normalize=True))
-            for i in t.index[share < .05]: lines.append(f"outlier: {t.subject_id[i]} {contrast}: {what} {t[what][i]} (most have {t[what].mode()[0]})")
+            n = t[what].value_counts(normalize=True)
+            for i in t.index[(t[what].map(n) < .05) & (n.iloc[0] > .5)]: lines.append(f"outlier: {t.subject_id[i]} {contrast}: {what} {t[what][i]} (most have {n.index[0]})")
     return lines
 
 # %% ../nbs/01_manifest.ipynb #e8c5e61b
