@@ -213,8 +213,8 @@ Table = Annotated[Path, typer.Option("--out", "-o", help="The table to write.")]
 def _written(table, faults, out):
     from uad_study.manifest import write_subjects
     write_subjects(table, out)
-    counts = table.drop_duplicates("subject_id").groupby("split").size()
-    _faults(faults, f"{out}: {counts.sum()} subject{'s' * (counts.sum() != 1)} ({', '.join(f'{k} {n}' for k, n in counts.items())}), {len(table)} scan{'s' * (len(table) != 1)}")
+    n, counts = table.subject_id.nunique(), table.drop_duplicates("subject_id").groupby("split").size()
+    _faults(faults, f"{out}: {n} subject{'s' * (n != 1)} ({', '.join(f'{k} {m}' for k, m in counts.items())}), {len(table)} scan{'s' * (len(table) != 1)}")
 
 @manifest_app.command()
 def from_folder(folder: Folder, pattern: Annotated[str, typer.Option(help="Where scans lie: '{subject}_{contrast}.nii.gz', '{subject}/**/*_{contrast}.nii.gz' ...")],
