@@ -1,5 +1,5 @@
 "Manifests: the stored splits, the five layouts as their archives unpack, a user's own folders, and every fault by name."
-import re
+import os, re
 import nibabel, numpy as np, pandas as pd, pytest
 from conftest import one_line, uad
 from uad_study import manifest as m
@@ -134,6 +134,17 @@ def test_faults_of_files(tmp_path):
     with pytest.raises(UadError, match="no such folder"): m.subjects("MSLUB", tmp_path/"none")
     with pytest.raises(UadError, match="use default"): m.subjects("IXI", root, "published")
     assert m.subjects("IXI", tmp_path/"else")[0].empty and "IXI002-Guys-0828-T1" in m.subjects("IXI", tmp_path/"else")[1][0]
+
+
+def test_fault_folder_without_permission(tmp_path, monkeypatch):
+    touch(tmp_path, "Utrecht/49/pre/T1.nii.gz", "Utrecht/49/wmh.nii.gz", "Singapore/68/pre/T1.nii.gz", "Singapore/68/wmh.nii.gz")
+    scandir = os.scandir
+    def refused(path):
+        if str(path).endswith("Singapore"): raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refused)
+    table, faults = m.subjects("WMH", tmp_path)
+    assert set(table.subject_id) == {"Utrecht_49"} and f"{tmp_path/'Singapore'}: cannot be read: Permission denied: change its permissions" in faults
 
 
 @pytest.mark.parametrize("change, words", [

@@ -231,7 +231,7 @@ def from_folder(folder: Folder, pattern: Annotated[str, typer.Option(help="Where
 @manifest_app.command()
 def from_bids(folder: Folder, session: Annotated[str, typer.Option(help="The label of the session to use, where subjects have several.")] = "",
               pathology: Pathology = "healthy", state: State = "head", space: Space = "",
-                val: Val = None, test: Test = None, folds: Folds = 5, seed: Seed = 0, out: Table = Path("subjects.csv")):
+              val: Val = None, test: Test = None, folds: Folds = 5, seed: Seed = 0, out: Table = Path("subjects.csv")):
     "List the T1w and T2w scans of a BIDS tree and split their subjects. Exit code 1 if some had faults (they are left out)."
     from uad_study import manifest
     _written(*manifest.from_bids(folder, session, pathology, state=state, space=space, val=val, test=test, folds=folds, seed=seed), out)
