@@ -1,0 +1,148 @@
+"""Measure the preparation of scans: python benchmarks/prepare.py --data DIR (DIR holds manifest.csv; no part needs all of it). Writes benchmarks/prepare.md; -k NAME runs one part and only prints."""
+import argparse, platform, resource, tempfile, time
+from pathlib import Path
+import numpy as np
+from nibabel.affines import apply_affine
+from scipy.spatial.transform import Rotation
+from uad_study import phantom
+from uad_study.manifest import read_manifest
+from uad_study.prepare import PrepareConfig, _resample, bias_field, find_brain, largest_component, lesion_on_grid, load_template, prepare_scan, sample, to_native
+from uad_study.volume import GRID_AFFINE, GRID_SHAPE, Volume, load_mask, load_volume, save_volume
+
+PLAIN = PrepareConfig(n4=False)
+MOVES = {"LPS": ((20, 0, 0), (20, 0, 0)), "RAS": ((0, -20, 0), (0, -20, 0)), "PSR": ((0, 0, 20), (0, 0, 20)), "oblique": ((-12, 10, 12), (-10, 12, 10)), "1x1x3": ((12, -12, 10), (10, 10, -14))}
+
+
+def dice(a, b): return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def rigid(degrees, mm, stretch=1.0):
+    m = np.eye(4); m[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() * stretch; m[:3, 3] = mm
+    return m
+
+
+def healthy(data, n=3):
+    "The first `n` skull-stripped OASIS scans and their masks."
+    t = read_manifest(Path(data)/"manifest.csv")
+    masks = t[t.kind == "brainmask"].set_index("subject").file
+    for r in t[(t.category == "healthy") & (t.kind == "image") & t.subject.isin(masks.index)].sort_values("subject").head(n).itertuples():
+        scan = load_volume(Path(data)/r.file)
+        yield r.subject, scan, load_mask(Path(data)/masks[r.subject], like=scan)
+
+
+def stored(scan, mask, how, move, folder):
+    "Scan and mask moved by `move` (scan mm to new mm), written as `how` says, and read again."
+    if how == "oblique": pairs = [(v.data, move @ v.affine, "RAS") for v in (scan, mask)]
+    else:
+        corners = apply_affine(move @ scan.affine, np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(scan.data.shape) - 1))
+        box = np.eye(4); box[:3, 3] = np.floor(corners.min(0))
+        shape = 3 * np.ceil((corners.max(0) - box[:3, 3]) / 3).astype(int)
+        x, m = (_resample(v.data, v.affine, move, box, shape, 1) for v in (scan, mask))
+        if how == "1x1x3":
+            x, m = (v.reshape(*shape[:2], -1, 3).mean(3) for v in (x, m))
+            box = box @ np.array([[1., 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 1], [0, 0, 0, 1]])
+        pairs = [(x, box, "RAS" if how == "1x1x3" else how), (m >= .5, box, "RAS" if how == "1x1x3" else how)]
+    for (d, a, axes), name in zip(pairs, ("scan", "mask")): save_volume(f"{folder}/{name}.nii.gz", d, a, axes)
+    scan = load_volume(f"{folder}/scan.nii.gz")
+    return scan, load_mask(f"{folder}/mask.nii.gz", like=scan)
+
+
+def known_truth(data, n=3):
+    "Mean displacement (mm) inside the brain, of a moved scan's transform against the unmoved scan's own: (subject, storage, mean, largest)."
+    for subject, scan, mask in healthy(data, n):
+        brain = largest_component(mask.data)
+        points = apply_affine(scan.affine, np.argwhere(brain)[::53])
+        reference = apply_affine(prepare_scan(scan, mask, config=PLAIN).to_atlas, points)
+        for how, (degrees, mm) in MOVES.items():
+            move = rigid(degrees, mm)
+            with tempfile.TemporaryDirectory() as tmp: p = prepare_scan(*stored(scan, mask, how, move, tmp), config=PLAIN)
+            off = np.linalg.norm(apply_affine(p.to_atlas @ move, points) - reference, axis=1)
+            yield subject, how, off.mean(), off.max()
+
+
+def round_trip(data, ways=("area",), back=((1, .5),)):
+    """Dice of real lesion masks, native to grid to native, through an affine (6 degrees, 8 % larger): (kind, file, mL, {way: Dice}). Lesions of which a tenth or more lies outside the grid are left out."""
+    t = read_manifest(Path(data)/"manifest.csv")
+    t = t[t.kind.str.startswith("lesion_mask") & t.category.isin(["MS", "stroke"]) & ~t.file.str.contains("clinical")]
+    everything, to_atlas = np.ones(GRID_SHAPE, bool), rigid((4, -3, 4), (3, -4, 2), 1.08)
+    for r in t.sort_values("file").itertuples():
+        lesion, row = load_mask(Path(data)/r.file), {}
+        for way in ways:
+            on_grid, v = lesion_on_grid(lesion, everything, to_atlas, how=way)
+            fine = dict(to_atlas=to_atlas, grid_affine=GRID_AFFINE, grid_shape=GRID_SHAPE, scan_affine=lesion.affine, scan_shape=lesion.data.shape)
+            for order, level in back:
+                row[way, order, level] = dice(to_native(on_grid.astype(np.float32), fine, order=order) >= level, lesion.data)
+        if v["lesion_lost"] < .1: yield r.category, r.file, v["lesion_ml_scan"], row
+
+
+def brain_masks(data, methods=("deepbet", "atlas")):
+    "Dice of brain masks of the IXI heads against their automatic labels (> 0): (subject, method, Dice, seconds)."
+    t = read_manifest(Path(data)/"manifest.csv")
+    labels = t[t.kind.str.startswith("anat_labels")].set_index("subject").file
+    for r in t[(t.kind == "image") & t.subject.isin(labels.index)].itertuples():
+        head = load_volume(Path(data)/r.file); truth = load_volume(Path(data)/labels[r.subject]).data > 0
+        for m in methods:
+            clock = time.perf_counter(); mask = find_brain(head, m)[0]
+            yield r.subject, m, dice(mask, truth), time.perf_counter() - clock
+
+
+def field():
+    "A known multiplicative field on the grid, some 10 % standard deviation."
+    i, j, k = (np.linspace(-1, 1, n) for n in GRID_SHAPE)
+    return np.exp(.25 * (i[:, None, None] + .6 * j[None, :, None]**2 - .7 * k * i[:, None, None]))
+
+
+def n4(seeds=(1, 2, 3), config=PrepareConfig(n4_shrink=2)):
+    "Correlation of the field found by N4 with a known one, inside the mask of virtual heads: (contrast, seed, of the field found, of its ratio to the one found without)."
+    b = field()
+    for c in ("T1w", "T2w"):
+        for s in seeds:
+            h = phantom.healthy(s, (c,)); m = h.brain_mask; x = (h.images[c] + .05) * m
+            with_, without = (bias_field(v, m, config, GRID_AFFINE) for v in (x * b, x))
+            yield c, s, np.corrcoef(with_[m], b[m])[0, 1], np.corrcoef((with_ / without)[m], b[m])[0, 1]
+
+
+def seconds(data, mm=(2, 1)):
+    "Wall seconds of each step for one stripped 1 mm scan and one head, at template_mm 2 and 1, and the mean distance inside the brain between the two transforms."
+    subject, scan, mask = next(healthy(data, 1))
+    found = []
+    for k in mm:
+        p = prepare_scan(scan, mask, config=PrepareConfig(template_mm=k)); found.append(p.to_atlas)
+        yield f"{subject}, template_mm {k}", {k[8:]: round(v, 1) for k, v in p.meta.items() if k.startswith("seconds_")}, round(p.meta["mask_dice"], 3), round(p.meta["correlation"], 3)
+    points = apply_affine(scan.affine, np.argwhere(mask.data)[::53])
+    if len(found) > 1: yield "mean distance of the transforms, mm", round(float(np.linalg.norm(apply_affine(found[0], points) - apply_affine(found[1], points), axis=1).mean()), 2)
+
+
+def summary(data, parts):
+    "The lines of the report."
+    if "known_truth" in parts:
+        rows = list(known_truth(data))
+        yield "| known truth: stored as | mean displacement, mm (worst subject) | largest |\n|---|---|---|"
+        for how in MOVES: yield f"| {how} | {np.mean([r[2] for r in rows if r[1] == how]):.2f} ({max(r[2] for r in rows if r[1] == how):.2f}) | {max(r[3] for r in rows if r[1] == how):.2f} |"
+    if "round_trip" in parts:
+        ways, back = ("area", "nearest", "any"), ((1, .5), (1, .4), (0, .5))
+        rows = list(round_trip(data, ways, back))
+        groups = {"stroke, above 10 mL": [r for r in rows if r[0] == "stroke" and r[2] > 10], "stroke, 1 to 10 mL": [r for r in rows if r[0] == "stroke" and 1 <= r[2] <= 10], "MS": [r for r in rows if r[0] == "MS"]}
+        yield "\n| round trip of lesion masks: mean Dice (least) | masks | " + " | ".join(f"{w}, back {'nearest' if not o else f'linear > {l}'}" for w in ways for o, l in back) + " |\n|---|---|" + "---|" * 9
+        for name, g in groups.items(): yield f"| {name} | {len(g)} | " + " | ".join(f"{np.mean([r[3][w, o, l] for r in g]):.3f} ({min(r[3][w, o, l] for r in g):.2f})" for w in ways for o, l in back) + " |"
+    if "brain_masks" in parts:
+        rows = list(brain_masks(data))
+        yield "\n| brain mask of IXI heads, 2 mm | Dice, mean | least | seconds |\n|---|---|---|---|"
+        for m in ("deepbet", "atlas"): d = [r[2] for r in rows if r[1] == m]; yield f"| {m} | {np.mean(d):.3f} | {min(d):.3f} | {np.mean([r[3] for r in rows if r[1] == m]):.1f} |"
+    if "n4" in parts:
+        yield "\n| N4, a known field on virtual heads | correlation | of the ratio to the field found without |\n|---|---|---|"
+        rows = list(n4())
+        for c in ("T1w", "T2w"): yield f"| {c} | {np.mean([r[2] for r in rows if r[0] == c]):.3f} (least {min(r[2] for r in rows if r[0] == c):.3f}) | {np.mean([r[3] for r in rows if r[0] == c]):.3f} |"
+    if "seconds" in parts:
+        yield ""
+        for row in seconds(data): yield "- " + ", ".join(str(c) for c in row)
+        yield f"- peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
+
+
+if __name__ == "__main__":
+    parts = ("known_truth", "round_trip", "brain_masks", "n4", "seconds")
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--data", required=True); p.add_argument("-k", choices=parts)
+    a, lines = p.parse_args(), []
+    for line in summary(a.data, [a.k] if a.k else parts): print(line, flush=True); lines.append(line)
+    if not a.k: (Path(__file__).parent/"prepare.md").write_text(f"# Preparation, measured\n\n`python benchmarks/prepare.py --data DIR` on {platform.machine()}, Python {platform.python_version()}, one thread.\n\n" + "\n".join(lines) + "\n")
