@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'manifest_app', 'Out', 'Data', 'Verbose', 'What', 'Folder', 'Pathology', 'State', 'Space', 'Val', 'Test',
-           'Folds', 'Seed', 'Table', 'main', 'Show', 'demo', 'run', 'status', 'report', 'clean', 'explore', 'check',
-           'record_hashes', 'make_splits', 'from_folder', 'from_bids']
+           'Folds', 'Seed', 'Table', 'main', 'Show', 'demo', 'run', 'prepare', 'status', 'report', 'clean', 'explore',
+           'check', 'record_hashes', 'make_splits', 'from_folder', 'from_bids']
 
 # %% ../nbs/44_cli.ipynb #7868fd8c
 import os, sys
@@ -97,6 +97,43 @@ def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, real-
     "Run a study: prepare, train, evaluate, report. What is finished is not done again."
     _run(study, data, out or Path("runs")/Path(study).stem, dry_run, engine, verbose)
 
+# %% ../nbs/44_cli.ipynb #fa6040a9
+What = Annotated[str, typer.Argument(metavar="DATASET|SUBJECTS.csv", help="IXI, BraTS21, MSLUB, ATLAS, WMH, or a table of subjects that `uad manifest from-folder` or `from-bids` wrote.")]
+
+@app.command()
+def prepare(source: What, root: Annotated[Path, typer.Option(help="The folder that the files are in.")],
+            out: Annotated[Path, typer.Option("--out", "-o", help="Folder of prepared scans; what is finished there is not done again.")],
+            split: Annotated[str, typer.Option(help="published or default.")] = "default",
+            preset: Annotated[str, typer.Option(help="Whose settings: the `prepare:` section of a packaged study (paper, released-code) or of a YAML file.")] = "paper",
+            atlas: Annotated[Optional[Path], typer.Option(help="An atlas file (such as SRI24's T1w) instead of the preset's.")] = None,
+            atlas_mask: Annotated[Optional[Path], typer.Option(help="Its brain mask, unless it is skull-stripped.")] = None,
+            brain_mask: Annotated[str, typer.Option(help="How heads get a brain mask that bring none: auto, given, hd-bet, deepbet, atlas (default: the preset's).")] = "",
+            contrast: Annotated[str, typer.Option(help="Only this contrast: T1w or T2w.")] = "", workers: Annotated[int, typer.Option(help="Scans at the same time (0: one a core).")] = 0, verbose: Verbose = False):
+    "Bring scans onto the study's grid: brain mask, registration, bias field, intensities; NIfTI, a packed cohort, and a page to check them by eye. Exit code 1 if some scans failed."
+    from functools import partial
+    from tqdm import tqdm
+    from uad_study import manifest
+    from uad_study.core import choice, from_dict
+    from uad_study.dataset import prepare_dataset
+    from uad_study.prepare import PrepareConfig
+    from uad_study.report import write_quality
+    from uad_study.runs import out_folder, parallel_map, read_study
+    setup_logging(verbose)
+    given = dict(atlas=str(atlas) if atlas else "", atlas_mask=str(atlas_mask) if atlas_mask else "", brain_mask=brain_mask)
+    config = from_dict(PrepareConfig, read_study(preset).prepare | {k: v for k, v in given.items() if v}, "--preset")
+    table, faults = (manifest.read_subjects(source), []) if source.endswith(".csv") else manifest.subjects(source, root, split)
+    if contrast: table = table[table.contrast == choice(contrast, ("T1w", "T2w"), "--contrast")]
+    if not len(table): raise UadError(f"{source}: no {contrast or 'scan'} was found under {root}" + (f": {faults[0]}" if faults else ": check --root"))
+    def died(row): return UadError(f"{row['subject_id']} {row['contrast']}: its process died, probably for want of memory: use fewer --workers")
+    with out_folder(out) as out, tqdm(total=len(table), unit="scan") as bar:
+        def tick(done, total, text=""): bar.set_postfix_str(text, refresh=False); bar.update(done - bar.n)
+        done = prepare_dataset(table, root, out, config, partial(parallel_map, workers=workers or None, crashed=died), tick)
+        write_quality(done, out/"cohort", out/"quality.html", f"Prepared: {source if not source.endswith('.csv') else Path(source).stem}")
+    failed = [*faults, *done.error[done.error != ""]]
+    for f in failed: print(f"failed: {f}", file=sys.stderr)
+    print(f"{len(done) - (done.error != '').sum()} of {len(done)} scans prepared: {out}\nlook at them: {out/'quality.html'}")
+    if failed: raise typer.Exit(1)
+
 # %% ../nbs/44_cli.ipynb #53fb6e8c
 @app.command()
 def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("runs/demo")):
@@ -149,8 +186,6 @@ def explore(out: Annotated[Path, typer.Argument(help="A folder of results.")] = 
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(notebook)])
 
 # %% ../nbs/44_cli.ipynb #90c3d476
-What = Annotated[str, typer.Argument(metavar="DATASET|SUBJECTS.csv", help="IXI, BraTS21, MSLUB, ATLAS, WMH, or a table of subjects that `uad manifest from-folder` or `from-bids` wrote.")]
-
 def _faults(faults: list[str], done: str):
     for f in faults: print(f)
     print(f"{done}: {len(faults) or 'no'} fault{'s' if len(faults) != 1 else ''}")
