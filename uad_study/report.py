@@ -344,7 +344,8 @@ def outlined(image, brain_mask, lesion_mask=None, zoom: int = 2) -> np.ndarray:
         for m, color in ((brain_mask, MASK_COLOR), (lesion, LESION_COLOR)):
             m = large(np.asarray(m).take(at, axis))
             x[m & ~binary_erosion(m)] = color
-        planes.append(np.pad(np.flip(x.swapaxes(0, 1), 0), ((zoom * (96 - image.take(at, axis).shape[1]), 0), (0, zoom), (0, 0))))
+        gap = zoom * (image.shape[1] - image.take(at, axis).shape[1]) // 2
+        planes.append(np.pad(np.flip(x.swapaxes(0, 1), 0), ((gap, gap), (0, zoom), (0, 0))))
     return np.concatenate(planes, 1)
 
 def write_quality(table: pd.DataFrame, cohort_dir, file, title: str):
@@ -354,19 +355,19 @@ def write_quality(table: pd.DataFrame, cohort_dir, file, title: str):
     from PIL import Image
     e, c = html.escape, Cohort(cohort_dir)
     at = {(s, k): r for r, (s, k) in enumerate(zip(c.table.subject_id, c.table.contrast))}
-    number = lambda r, k, unit="", digits=2: f"{k.replace('_', ' ')} {r[k]:.{digits}f}{unit}" if r.get(k) is not None and r[k] == r[k] else ""
+    shown = dict(mask_dice="overlap {:.2f}", correlation="correlation {:.2f}", brain_ml="brain {:.0f} mL", lesion_ml="lesion {:.1f} mL", lesion_ml_outside="{:.1f} mL of it outside")
     failed, cards = table[table.error != ""], []
     for r in table[table.error == ""].sort_values("mask_dice", na_position="first").to_dict("records"):
         i = at[r["subject_id"], r["contrast"]]
         buffer = io.BytesIO()
         Image.fromarray(outlined(c.images[i], np.asarray(c.brain_masks[i]), np.asarray(c.lesion_masks[i]))).quantize(64).save(buffer, "png")
-        words = [number(r, "mask_dice"), number(r, "correlation"), number(r, "brain_ml", " mL", 0), number(r, "lesion_ml", " mL", 1), number(r, "lesion_ml_outside", " mL", 1)]
+        words = [text.format(r[k]) for k, text in shown.items() if r.get(k) is not None and r[k] == r[k]]
         cards.append(f"<figure><img alt='{e(r['subject_id'], quote=True)}, three planes' loading=lazy src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-                     f"<figcaption><b>{e(r['subject_id'])}</b> {e(r['contrast'])}, {e(r['pathology'])}<br>{e(', '.join(w for w in words if w))}</figcaption></figure>")
+                     f"<figcaption><b>{e(r['subject_id'])}</b> {e(r['contrast'])}, {e(r['pathology'])}<br>{e(', '.join(words))}</figcaption></figure>")
     parts = [f"<h1>{e(title)}</h1><p class=lead>{len(cards)} of {len(table)} scans prepared. Lowest overlap with the atlas first. <b style='color:rgb{MASK_COLOR}'>Brain mask</b>, "
              f"<b style='color:rgb{LESION_COLOR}'>lesion</b>; axial (the subject's left at the left), coronal, sagittal.</p>"]
     if len(failed): parts.append("<div class=note><h2>Failed</h2>" + "".join(f"<p>{e(f)}</p>" for f in failed.error) + "</div>")
-    parts.append(f"<div class=grid>{''.join(cards)}</div><h2>Settings</h2><pre>{e(json.dumps(c.info.get('prepare'), indent=1))}</pre>")
+    parts.append(f"<div class=grid>{''.join(cards)}</div><p><details><summary>Settings</summary><pre>{e(json.dumps(c.info.get('prepare'), indent=1))}</pre></details>")
     style = STYLE + ".grid{display:flex;flex-wrap:wrap;gap:1rem}.grid figure{margin:0;width:31%;min-width:20rem}.grid img{width:100%;background:#000;image-rendering:pixelated}"
     page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><meta name=generator content='uad-quality/1'><title>{e(title)}</title><style>{style}</style><body>{''.join(parts)}</body></html>"
     with atomic_file(file) as tmp: tmp.write_text(page)
