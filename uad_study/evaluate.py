@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from pathlib import Path
 from .core import UadError, atomic_file
-from .cohort import Cohort
+from .cohort import Cohort, patients
 from .metrics import auprc, best_threshold, dice, perfect_maps, volume_threshold
 from .postprocess import components, postprocess
 from .reconstruct import reconstruct_cohort
@@ -32,11 +32,13 @@ class ScoreConfig:
 
     def __post_init__(self):
         for n in self.names: check_score(n)
+        if not self.names or len(set(self.names)) < len(self.names): raise UadError(f"scores.names: {', '.join(self.names) or 'empty'}: name at least one score, and each once")
+        if not 0 < self.healthy_share <= 1 or self.healthy_ml < 0: raise UadError("scores: healthy_share must lie above 0 and up to 1, and healthy_ml be 0 or more")
         if self.erode < 0 or self.median < 1 or self.median % 2 == 0: raise UadError("scores: erode must be 0 or more, and median odd")
 
     def names_for(self, contrast: str) -> tuple[str, ...]:
         "The scores of a contrast: on T1w, where lesions are dark, plain intensity is also tried upside down."
-        return self.names + (("intensity_dark",) if contrast == "T1w" and "intensity" in self.names else ())
+        return tuple(dict.fromkeys(self.names + (("intensity_dark",) if contrast == "T1w" and "intensity" in self.names else ())))
 
 # %% ../nbs/40_evaluate.ipynb #1b7040f1
 def region(cohort: Cohort, row: int, config: ScoreConfig) -> np.ndarray:
@@ -69,7 +71,7 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
     `work` is a folder for the maps; what is there already is not made again. Components are outside the threshold search. `rows` ({'val', 'test'}: row
     numbers) narrows the volumes."""
     rows = rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}
-    table, everything, work = cohort.table, np.concatenate([rows["val"], rows["test"]]), Path(work)
+    table, everything, work, who = cohort.table, np.concatenate([rows["val"], rows["test"]]), Path(work), patients(cohort.table)
     for i, r in enumerate(everything):
         if not (work/f"{r}.npy").exists():
             with atomic_file(work/f"{r}.npy") as tmp, open(tmp, "wb") as f: np.save(f, maps_of(int(r)))
@@ -80,7 +82,7 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
     val, test = kind("val"), kind("test")
     cases, pooled = [], []
     for k, name in enumerate(names):
-        maps = {r: np.load(work/f"{r}.npy", mmap_mode="r")[k] for r in everything}
+        maps = {r: np.array(np.load(work/f"{r}.npy", mmap_mode="r")[k]) for r in everything}          # a copy: no file stays open
         join = lambda rs: (np.concatenate([maps[r] for r in rs]), np.concatenate([truth[r] for r in rs]))
         own = {p: best_threshold(*join(rs)) for p, rs in val.items() if p != "healthy" and any(truth[r].any() for r in rs)}
         healthy = volume_threshold([maps[r] for r in val.get("healthy", [])], None, VOXEL_ML, config.healthy_ml, config.healthy_share) if val.get("healthy") else np.nan
@@ -93,9 +95,9 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
                 rules["oracle"], best = best_threshold(scores, labels)
                 pooled.append(dict(model=model, contrast=contrast, pathology=p, fold=fold, score=name, threshold=own.get(p, (np.nan, np.nan))[0], val_dice=own.get(p, (np.nan, np.nan))[1],
                                    oracle_threshold=rules["oracle"], oracle_pooled_dice=best, healthy_threshold=healthy, auprc_pooled=auprc(scores, labels), prevalence=labels.mean(),
-                                   n_val=len(val.get(p, [])), n_test=len(rs)))
+                                   n_val=len({who[r] for r in val.get(p, [])}), n_test=len({who[r] for r in rs})))
             for r in rs:
-                common = dict(model=model, contrast=contrast, pathology=p, score=name, fold=fold, subject_id=table.subject_id.iloc[r],
+                common = dict(model=model, contrast=contrast, pathology=p, score=name, fold=fold, subject_id=table.subject_id.iloc[r], patient_id=who[r],
                               lesion_ml=truth[r].sum() * VOXEL_ML, auprc=auprc(maps[r], truth[r]))
                 if "alpha" in table: common["alpha"] = table.alpha.iloc[r]
                 for rule, t in rules.items():

@@ -25,20 +25,20 @@ def _binary(a, name):
     if a.dtype != bool and not ((a == 0) | (a == 1)).all(): raise UadError(f"metrics: the {name} hold values other than 0 and 1: binarise them first")
     return a.astype(bool, copy=False)
 
-def _same_size(a, b):
-    if a.size != b.size: raise UadError(f"metrics: {a.size} values against {b.size}: give the prediction and the truth of the same volume, on the same grid")
+def _same_shape(a, b):
+    if (s := tuple(np.shape(a))) != (t := tuple(np.shape(b))): raise UadError(f"metrics: shape {s} against {t}: give the prediction and the truth of the same volume, on the same grid")
 
 def dice(pred, truth) -> float:
     "Dice of two masks (bool or 0/1) of the same shape, in [0, 1]; NaN if `truth` is empty."
+    _same_shape(pred, truth)
     p, t = _binary(pred, "prediction"), _binary(truth, "truth")
-    _same_size(p, t)
     return 2 * float((p & t).sum()) / float(p.sum() + t.sum()) if t.any() else math.nan
 
 # %% ../nbs/22_metrics.ipynb #1f3c8d99
 def _counts(scores, labels):
     "Sorted scores; the distinct scores v of positives; how many positives are equal to v; how many positives and how many voxels are at least v."
+    _same_shape(scores, labels)
     s, l = _array(scores, "scores"), _binary(labels, "labels")
-    _same_size(s, l)
     if not s.size: raise UadError("metrics: there are no voxels: give scores and labels that are not empty")
     if s.dtype.kind != "f": s = s.astype(np.float64)
     v, equal = np.unique(s[l], return_counts=True)

@@ -211,7 +211,7 @@ def healthy(seed: int, contrasts=("T1w", "T2w"), age: float | None = None) -> Ph
     anatomy = draw_anatomy(rng, age or drawn)
     images = {}
     for c in contrasts:
-        own = np.random.default_rng([seed, ("T1w", "T2w").index(choice(c, ("T1w", "T2w"), "contrast"))])    # a contrast's scan does not depend on which others are made
+        own = np.random.default_rng([seed, 1 + ("T1w", "T2w").index(choice(c, ("T1w", "T2w"), "contrast"))])    # not 0: that is the stream of `seed` alone. A contrast's scan does not depend on which others are made
         scanner = draw_scanner(own, c)
         images[c], _ = acquire(_aged(own, anatomy, c, signal(anatomy, scanner, c)), scanner, anatomy.brain_mask)
     return PhantomSubject(f"virtual-{seed}", anatomy.age, images, anatomy.brain_mask, anatomy.tissues, None, {})
@@ -320,10 +320,10 @@ def diseased(seed: int, pathology: str, age: float | None = None) -> PhantomSubj
     rng = np.random.default_rng(seed)
     drawn = rng.uniform(45, 86) if pathology in ("stroke", "wmh") else rng.uniform(20, 80)
     a = draw_anatomy(rng, age or drawn)
-    own = np.random.default_rng([seed, ("T1w", "T2w").index(contrast)])
+    own = np.random.default_rng([seed, 1 + ("T1w", "T2w").index(contrast)])
     scanner = draw_scanner(own, contrast)
     plain = _aged(own, a, contrast, signal(a, scanner, contrast))
-    fraction, target, displacement = _LESIONS[pathology](np.random.default_rng([seed, 2]), a, scanner, plain)
+    fraction, target, displacement = _LESIONS[pathology](np.random.default_rng([seed, 3]), a, scanner, plain)
     fraction = fraction * a.brain_mask
     moved = warp([plain], displacement)[0] if displacement is not None else plain
     image, limits = acquire(moved * (1 - fraction) + fraction * target, scanner, a.brain_mask)

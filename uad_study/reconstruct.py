@@ -9,7 +9,7 @@ __all__ = ['RECONSTRUCT_VERSION', 'reconstruct_volume', 'reconstruct_cohort']
 import numpy as np, torch
 from pathlib import Path
 from .core import UadError, digest
-from .cohort import Cohort, open_reconstructions, write_reconstructions
+from .cohort import Cohort, open_reconstructions, patients, write_reconstructions
 from .core import file_sha256
 from .train import generator_for, load_model
 
@@ -23,7 +23,7 @@ def reconstruct_volume(model, volume: np.ndarray, seed_parts: tuple, device="cpu
     return torch.cat(out)[:, 0].permute(1, 2, 0).cpu().numpy()
 
 # %% ../nbs/34_reconstruct.ipynb #a9c687e3
-RECONSTRUCT_VERSION = 1
+RECONSTRUCT_VERSION = 2
 
 def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None) -> dict[int, np.ndarray]:
     """Restorations {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
@@ -35,6 +35,7 @@ def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, 
         model, info = load_model(checkpoint, device)
         contrasts = set(cohort.table.contrast.iloc[rows]) - {info["contrast"]}
         if contrasts: raise UadError(f"{checkpoint}: was trained on {info['contrast']}, but the cohort's rows are {contrasts.pop()}: choose the weights of that contrast")
-        volumes = (reconstruct_volume(model, cohort.images[r], (seed, "restore", cohort.table.subject_id.iloc[r]), device) for r in rows)
+        who = patients(cohort.table)                                  # the volumes of one person meet the same noise: what differs between them is the lesion
+        volumes = (reconstruct_volume(model, cohort.images[r], (seed, "restore", str(who[r])), device) for r in rows)
         write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed}, tick)
     return open_reconstructions(kept)[0]
