@@ -269,7 +269,7 @@ def _tumour(rng, a: Anatomy, scanner, plain):
     cost = r * (1.35 - .5 * a.tissues[2]) + .16 * size * rough + 40 * (~a.brain_mask | (a.depth < 1)) + 12 * a.tissues[0]
     fraction = grow(cost, ml, .9)
     core = grow(r + .2 * size * inner, ml * rng.uniform(.2, .5), 1.5)
-    strength = rng.uniform(.35, 1.2)
+    strength = rng.uniform(.33, 1.15)
     target = scanner.means[2] + strength * (.10 + .15 * core) + .05 * hetero * (.4 + core)
     return fraction * (1 - .85 * a.tissues[0]), target, _push(p, size * .8, rng.uniform(1, 4))
 
