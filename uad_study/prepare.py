@@ -28,7 +28,7 @@ class PrepareConfig:
     atlas_space: str = ""                   # name of the atlas's space in `space` columns; '' = MNI152NLin2009aSym for MNI152, SRI24 where the file's name says so
     registration: str = "affine"            # 'affine' (paper), 'rigid', or 'none' for scans that already lie in the atlas's space
     template_mm: int = 2                    # voxel size of the atlas during registration, mm. 1 takes 5 to 10 times as long and moves no scan by more than a fraction of a voxel
-    brain_mask: str = "auto"                # of heads without a mask: 'hd-bet' (paper's; released code), 'deepbet', 'atlas', 'auto' = the first of these that is there, 'given' = refuse
+    brain_mask: str = "auto"                # of heads without a mask: 'hd-bet' (released code), 'deepbet', 'atlas', 'auto' = the first of these that is there, 'given' = refuse
     n4: bool = True                         # bias field correction (paper)
     n4_masked: bool = True                  # inside the brain mask; the released code's BraTS script takes the whole box
     n4_sigma_mm: float = 0.0                # the mask smoothed by this sigma, mm, as the weight of its voxels (released code: 1; 0 = a plain mask)
@@ -396,7 +396,8 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
     if mask_dice < config.min_mask_dice: raise UadError(f"{name}: registration failed (its brain overlaps the template's by Dice {mask_dice:.2f}): check orientation and brain mask")
     try: image = scale(raw, on_grid, config.percentiles)
     except UadError as e: raise UadError(f"{name}: {e}") from None
-    both, like = on_grid & there, sample(atlas.template.data, atlas.template.affine, grid=grid)
+    looks = atlas.t2 if contrast == "T2w" and atlas.t2 is not None else atlas.template
+    both, like = on_grid & there, sample(looks.data, looks.affine, grid=grid)
     size, whole = abs(np.linalg.det(to_atlas[:3, :3])), mask.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     meta |= seconds | dict(mask_dice=mask_dice, correlation=float(np.corrcoef(image[both], like[both])[0, 1]), nmi=float(normalized_mutual_information(image[both], like[both], bins=64)),
                            brain_ml=float(on_grid.sum() * VOXEL_ML), brain_inside=float(min(1, on_grid.sum() * VOXEL_ML / (whole * size))), scale=float(size))
@@ -416,13 +417,13 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
 FORMAT = "uad-transform/1"
 
 def to_native(array, prepared, like: Volume | None = None, order: int = 1) -> np.ndarray:
-    """`array` (96, 96, 50) on the scan's own grid, or that of `like` (any grid in the scan's mm): float32, or bool for a mask. order 1: linear, masks cut at one half; 0: the nearest voxel.
+    """`array` (96, 96, 50) on the scan's own grid, or that of `like` (any grid in the scan's mm): float32, or bool for a mask. order 1: linear, masks cut at 0.4; 0: the nearest voxel.
     0 outside the grid. `prepared`: a `Prepared`, or what `load_transform` returns."""
     fine = prepared if isinstance(prepared, dict) else prepared.fine
     if np.shape(array) != tuple(fine["grid_shape"]): raise UadError(f"array: has the shape {np.shape(array)}, not the grid's {tuple(fine['grid_shape'])}: give it as it came from the grid")
     affine, shape = (fine["scan_affine"], fine["scan_shape"]) if like is None else (like.affine, like.data.shape)
     out = _resample(array, np.array(fine["grid_affine"]), np.linalg.inv(fine["to_atlas"]), np.array(affine), shape, order)
-    return out >= .5 if np.asarray(array).dtype == bool else out
+    return out >= .4 if np.asarray(array).dtype == bool else out
 
 def save_transform(path, prepared: Prepared):
     "Write what `to_native` needs to the JSON file `path`: plain numbers, and the settings they came from."
