@@ -97,13 +97,13 @@ def test_another_atlas(tmp_path, brain):
     np.testing.assert_array_equal(p.to_atlas, np.eye(4)); assert p.meta["mask_dice"] > .97 and p.fine["atlas"] == "SRI24_T1.nii.gz"
 
 
-def test_registration_to_a_moved_atlas(tmp_path):
-    "One quick registration: an atlas elsewhere in space, and a scan turned by 20 degrees."
+@pytest.mark.parametrize("shear", [0, .05])
+def test_registration(shear):
+    "Quick registrations: a scan turned by 20 degrees and shifted, and one with shear in its header, which ITK cannot express."
     t, m = load_template(4)
-    turn = np.eye(4); turn[:3, :3] = Rotation.from_euler("xyz", (0, 0, 20), degrees=True).as_matrix(); turn[:3, 3] = 20, -10, 15
-    off = turn @ register(Volume(t.data, turn @ t.affine), t) @ np.eye(4)
+    move = bench.rigid((0, 0, 20), (20, -10, 15)); move[0, 1] += shear
     points = apply_affine(t.affine, np.argwhere(m.data))
-    assert np.linalg.norm(apply_affine(np.linalg.inv(turn) @ off @ np.eye(4), apply_affine(turn, points)) - points, axis=1).mean() < 1
+    assert np.linalg.norm(apply_affine(register(Volume(t.data, move @ t.affine), t) @ move, points) - points, axis=1).mean() < 1
 
 
 def test_whole_head_atlas_needs_a_mask(tmp_path):
@@ -244,3 +244,12 @@ class TestReal:
         a, b = (prepare_scan(t2, config=PrepareConfig(n4=False), contrast="T2w", state="stripped", through=t) for t in (t1, None))
         points = apply_affine(t1.affine, np.argwhere(t1.data != 0)[::211])
         assert np.linalg.norm(apply_affine(a.to_atlas, points) - apply_affine(b.to_atlas, points), axis=1).mean() < 3
+
+    def test_t2w_head_to_its_t1w_head(self):
+        "A head with contrast turned round stands in for a T2w of 4 mm slices, moved far: the rigid step finds it."
+        t1 = load_volume(next((DATA/"train_healthy/ixi2mm").glob("*012*_ds.nii.gz"))); mask = find_brain(t1, "atlas")[0]
+        x = t1.data / np.percentile(t1.data, 99)
+        move, box = bench.rigid((10, 0, -8), (20, -15, 25)), np.array([[1, 0, 0, -110.], [0, 1, 0, -130], [0, 0, 4, -70], [0, 0, 0, 1]])
+        t2 = Volume(_resample(np.where(x > .08, 1.1 - np.clip(x, 0, 1), .02), t1.affine, move, box, (220, 240, 34), 1), box)
+        points = apply_affine(t1.affine, np.argwhere(mask)[::101])
+        assert np.linalg.norm(apply_affine(prepare._to_other(t2, t1, mask, 0) @ move, points) - points, axis=1).mean() < .5

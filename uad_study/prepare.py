@@ -22,7 +22,7 @@ from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML, Volume, load_lab
 # %% ../nbs/12_prepare.ipynb #007999f3
 @dataclass(frozen=True)
 class PrepareConfig:
-    "How a scan comes onto the study's grid. Sources: 'paper' and 'released code' are the two columns of the reproduction notes in the README; figures are from benchmarks/prepare.md."
+    "How a scan comes onto the study's grid. Sources: 'paper' = its section 3.1, 'released code' = the code published with it; figures are from benchmarks/prepare.md."
     atlas: str = "MNI152"                   # 'MNI152' (nilearn), or the path of an atlas NIfTI such as SRI24's T1w (paper)
     atlas_mask: str = ""                    # path of its brain mask; '' = the voxels other than 0 of a skull-stripped atlas
     atlas_space: str = ""                   # name of the atlas's space in `space` columns; '' = MNI152NLin2009aSym for MNI152, SRI24 where the file's name says so
@@ -138,15 +138,23 @@ def _from_ants(image, path="") -> Volume:
     affine[:3, :3], affine[:3, 3] = image.direction * np.array(image.spacing), image.origin
     return Volume(image.numpy().astype(np.float32), np.diag([-1., -1, 1, 1]) @ affine, path)
 
+def _orthogonal(affine) -> np.ndarray:
+    "The affine (4, 4) without shear that is nearest: ITK knows none, but SPM writes it into an sform."
+    from scipy.linalg import polar
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    out = np.array(affine, float); out[:3, :3] = polar(affine[:3, :3] / size)[0] * size
+    return out
+
 def register(moving: Volume, fixed: Volume, seed: int = 0, kind: str = "Affine", start=None, mask: Volume | None = None) -> np.ndarray:
     """The transform (4, 4), mm (RAS) of `moving` to mm of `fixed`, by mutual information. `kind`: 'Affine' or 'Rigid'; `start` (4, 4): None puts the centres of mass together; `mask`: the part of
     `fixed` that counts. Source: ANTs (Avants et al. 2011), `antsRegistration`. Raises `UadError` when ANTs gives up."""
-    flip, images = np.diag([-1., -1, 1, 1]), [_to_ants(v) for v in (fixed, moving)]
-    where = {} if mask is None else dict(mask=_to_ants(mask), mask_all_stages=True)
+    flip, images = np.diag([-1., -1, 1, 1]), [_to_ants(Volume(v.data, _orthogonal(v.affine))) for v in (fixed, moving)]
+    to, fro = _orthogonal(fixed.affine) @ np.linalg.inv(fixed.affine), _orthogonal(moving.affine) @ np.linalg.inv(moving.affine)    # mm to mm without shear
+    where = {} if mask is None else dict(mask=_to_ants(Volume(mask.data, _orthogonal(mask.affine))), mask_all_stages=True)
     ants = _ants(seed)                                                 # the seed last: every call of _ants sets one
     with tempfile.TemporaryDirectory() as tmp:
         if start is not None:
-            pull = flip @ np.linalg.inv(start) @ flip
+            pull = flip @ np.linalg.inv(to @ start @ np.linalg.inv(fro)) @ flip
             ants.write_transform(ants.create_ants_transform("AffineTransform", matrix=pull[:3, :3], translation=pull[:3, 3], center=(0., 0., 0.)), f"{tmp}/start.mat")
             where["initial_transform"] = [f"{tmp}/start.mat"]
         try: out = ants.registration(*images, kind, outprefix=f"{tmp}/out", **where)["fwdtransforms"]
@@ -155,7 +163,7 @@ def register(moving: Volume, fixed: Volume, seed: int = 0, kind: str = "Affine",
         t = ants.read_transform(out[0])
     a, c = t.parameters[:9].reshape(3, 3), t.fixed_parameters          # x -> a (x - c) + c + t, fixed to moving, LPS
     pull = np.eye(4); pull[:3, :3] = a; pull[:3, 3] = t.parameters[9:] + c - a @ c
-    return np.linalg.inv(flip @ pull @ flip)
+    return np.linalg.inv(to) @ np.linalg.inv(flip @ pull @ flip) @ fro
 
 # %% ../nbs/12_prepare.ipynb #4a9d0c26
 def fine_affine(grid=GRID_AFFINE) -> np.ndarray:
@@ -252,6 +260,7 @@ def find_brain(head: Volume, method: str = "auto", contrast: str = "T1w", seed: 
         method = "deepbet" if importlib.util.find_spec("deepbet") else "atlas"
     if method == "deepbet" and not importlib.util.find_spec("deepbet"): raise UadError("prepare.brain_mask: 'deepbet' is not installed: pip install deepbet, or choose 'auto'")
     if method == "hd-bet" and not shutil.which("hd-bet"): raise UadError("prepare.brain_mask: the program hd-bet is not on the PATH: install HD-BET, or choose 'auto'")
+    if method == "atlas" and contrast == "T2w": log.warning("%s: the atlas's brain mask is not reliable on T2w heads: look at it, install deepbet or HD-BET, or give a mask", name)
     mask = {"hd-bet": _hd_bet, "deepbet": _deepbet, "atlas": lambda h: _atlas_mask(h, contrast, seed)}[method](head)
     mask, voxel = largest_component(mask), abs(np.linalg.det(head.affine[:3, :3])) / 1000
     if not 500 < mask.sum() * voxel < 2500: raise UadError(f"{name}: no brain was found ({method} marks {mask.sum() * voxel:.0f} mL, not 500 to 2500): give a brain mask")
@@ -335,7 +344,7 @@ def _locate(scan, brain_mask, through, state, contrast, config, atlas) -> tuple[
         to_atlas = register(Volume(np.where(mask, reference.data, 0), reference.affine, reference.path), target, config.seed, config.registration.capitalize())
     how["seconds_register"] = time.perf_counter() - clock
     if through is not None and not same_grid(through, scan):
-        if brain_mask is not None and given is None: mask = largest_component(brain_mask.data)
+        if brain_mask is not None and given is None: mask, how["mask_method"] = largest_component(brain_mask.data), "given"
         else: mask, how["mask_method"] = largest_component(_resample(mask, through.affine, np.linalg.inv(rigid), scan.affine, scan.data.shape, 0) > 0), how["mask_method"] + ", from its T1w"
     return mask, to_atlas @ rigid, how
 
@@ -410,7 +419,8 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
         if lesion is not None: ignored &= ~lesion
         meta["ignore_ml"] = float(ignored.sum() * VOXEL_ML)
     fine = dict(to_atlas=to_atlas.tolist(), grid_affine=grid.tolist(), grid_shape=list(GRID_SHAPE), scan_affine=scan.affine.tolist(), scan_shape=list(scan.data.shape), scan_axes=scan.axes,
-                atlas=Path(config.atlas).name, intensity=[float(v) for v in np.percentile(raw[on_grid], config.percentiles)], settings=asdict(config))
+                atlas=Path(config.atlas).name, intensity=[float(v) for v in np.percentile(raw[on_grid], config.percentiles)],
+                settings=asdict(config) | {k: Path(getattr(config, k)).name for k in ("atlas", "atlas_mask")})               # no path of this machine
     return Prepared(image, on_grid, lesion, to_atlas, grid, ignored, fine, meta)
 
 # %% ../nbs/12_prepare.ipynb #3901d371
@@ -427,8 +437,7 @@ def to_native(array, prepared, like: Volume | None = None, order: int = 1) -> np
 
 def save_transform(path, prepared: Prepared):
     "Write what `to_native` needs to the JSON file `path`: plain numbers, and the settings they came from."
-    settings = {k: Path(v).name if k in ("atlas", "atlas_mask") else v for k, v in prepared.fine["settings"].items()}                # no path of this machine
-    write_json(path, prepared.fine | {"settings": settings}, FORMAT)
+    write_json(path, prepared.fine, FORMAT)
 
 def load_transform(path) -> dict:
     "What `save_transform` wrote. Raises `UadError` when the file is missing, damaged or of another format."
