@@ -126,9 +126,11 @@ def summary(data, parts):
     if "round_trip" in parts:
         ways, back = ("area", "nearest", "any"), ((1, .5), (1, .4), (0, .5))
         rows = list(round_trip(data, ways, back))
-        groups = {"stroke, above 10 mL": [r for r in rows if r[0] == "stroke" and r[2] > 10], "stroke, 1 to 10 mL": [r for r in rows if r[0] == "stroke" and 1 <= r[2] <= 10], "MS": [r for r in rows if r[0] == "MS"]}
-        yield "\n| round trip of lesion masks: mean Dice (least) | masks | " + " | ".join(f"{w}, back {'nearest' if not o else f'linear > {l}'}" for w in ways for o, l in back) + " |\n|---|---|" + "---|" * 9
-        for name, g in groups.items(): yield f"| {name} | {len(g)} | " + " | ".join(f"{np.mean([r[3][w, o, l] for r in g]):.3f} ({min(r[3][w, o, l] for r in g):.2f})" for w in ways for o, l in back) + " |"
+        stroke = [r for r in rows if r[0] == "stroke"]
+        groups = {"stroke, above 10 mL": [r for r in stroke if r[2] > 10], "stroke, 1 to 10 mL": [r for r in stroke if 1 <= r[2] <= 10], "MS": [r for r in rows if r[0] == "MS"]}
+        columns = [(w, o, l) for w in ways for o, l in back]
+        yield "\n| round trip of lesion masks: mean Dice (least) | masks | " + " | ".join(f"{w}, back {f'linear > {l}' if o else 'nearest'}" for w, o, l in columns) + " |\n|---|---|" + "---|" * len(columns)
+        for name, g in groups.items(): yield f"| {name} | {len(g)} | " + " | ".join(f"{np.mean([r[3][c] for r in g]):.3f} ({min(r[3][c] for r in g):.2f})" for c in columns) + " |"
     if "brain_masks" in parts:
         rows = list(brain_masks(data))
         yield "\n| brain mask of IXI heads, 2 mm | Dice, mean | least | seconds |\n|---|---|---|---|"
@@ -136,7 +138,8 @@ def summary(data, parts):
     if "n4" in parts:
         yield "\n| N4, a known field on virtual heads | correlation | of the ratio to the field found without |\n|---|---|---|"
         rows = list(n4())
-        for c in ("T1w", "T2w"): yield f"| {c} | {np.mean([r[2] for r in rows if r[0] == c]):.3f} (least {min(r[2] for r in rows if r[0] == c):.3f}) | {np.mean([r[3] for r in rows if r[0] == c]):.3f} |"
+        for c in ("T1w", "T2w"):
+            yield f"| {c} | {np.mean([r[2] for r in rows if r[0] == c]):.3f} (least {min(r[2] for r in rows if r[0] == c):.3f}) | {np.mean([r[3] for r in rows if r[0] == c]):.3f} |"
     if "seconds" in parts:
         yield ""
         for row in seconds(data): yield "- " + ", ".join(str(c) for c in row)
@@ -149,4 +152,5 @@ if __name__ == "__main__":
     p.add_argument("--data", required=True); p.add_argument("-k", choices=parts)
     a, lines = p.parse_args(), []
     for line in summary(a.data, [a.k] if a.k else parts): print(line, flush=True); lines.append(line)
-    if not a.k: (Path(__file__).parent/"prepare.md").write_text(f"# Preparation, measured\n\n`python benchmarks/prepare.py --data DIR` on {platform.machine()}, Python {platform.python_version()}, one thread.\n\n" + "\n".join(lines) + "\n")
+    head = f"# Preparation, measured\n\n`python benchmarks/prepare.py --data DIR` on {platform.machine()}, Python {platform.python_version()}, one thread.\n\n"
+    if not a.k: (Path(__file__).parent/"prepare.md").write_text(head + "\n".join(lines) + "\n")

@@ -28,7 +28,9 @@ def brain():
     return Volume(np.where(t.data > 0, t.data + .3 * (x < 0), 0).astype(np.float32), t.affine), Volume(lesion, t.affine)
 
 
-def row(**kw): return dict(dataset="own", subject_id="s1", contrast="T1w", pathology="stroke", split="test", val_fold=-1, image="scan.nii.gz", brain_mask="", lesion_mask="", through="", state="stripped", space="", ignore="") | kw
+def row(**kw):
+    return dict(dataset="own", subject_id="s1", contrast="T1w", pathology="stroke", split="test", val_fold=-1, image="scan.nii.gz", brain_mask="", lesion_mask="", through="",
+                state="stripped", space="", ignore="") | kw
 
 
 def refused(words, row, root, config=NONE):

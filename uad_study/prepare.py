@@ -86,7 +86,8 @@ def field_of_view(atlas_mask: Volume) -> np.ndarray:
 # %% ../nbs/12_prepare.ipynb #6c39571c
 @dataclass
 class Atlas:
-    "What a scan is registered to: `template` and `t2` (None where there is none), skull-stripped at the registration's voxel size; `mask` at the atlas's own; `grid`, affine of the study's grid; `space`."
+    """What a scan is registered to: `template` and `t2` (None where there is none), skull-stripped, at the registration's voxel size; `mask` at the atlas's own; `grid`, affine of the study's grid;
+    `space`, the name by which scans say that they lie in it."""
     template: Volume
     t2: Volume | None
     mask: Volume
