@@ -28,7 +28,7 @@ def test_one_healthy_scan(roles):
     row = roles[0][roles[0].lesions == "test"].iloc[0].to_dict()
     (_, a), (_, b) = (_prepare_subject(row, DATA, PrepareConfig()) for _ in range(2))
     assert not isinstance(a, UadError), a
-    np.testing.assert_array_equal(a.image, b.image); np.testing.assert_array_equal(a.to_mni, b.to_mni)       # the same scan, the same numbers
+    np.testing.assert_array_equal(a.image, b.image); np.testing.assert_array_equal(a.to_atlas, b.to_atlas)       # the same scan, the same numbers
     assert a.image.shape == GRID_SHAPE and a.image.dtype == np.float32 and a.image.min() == 0 and a.image.max() == 1
     assert not a.image[~a.brain_mask].any() and a.meta["mask_dice"] > .9 and a.meta["correlation"] > .4
     shapes = choose_shapes(roles[1][roles[1].split == "test"], DATA, 2, sample((m := load_template()[1]).data, m.affine) >= .5)

@@ -22,13 +22,13 @@ from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML, Volume, load_lab
 # %% ../nbs/12_prepare.ipynb #007999f3
 @dataclass(frozen=True)
 class PrepareConfig:
-    "How a scan comes onto the study's grid. Sources: 'paper' and 'released code' are the two columns of the reproduction notes in the README; figures are from benchmarks/prepare.md."
+    "How a scan comes onto the study's grid. Sources: 'paper' = its section 3.1, 'released code' = the code published with it; figures are from benchmarks/prepare.md."
     atlas: str = "MNI152"                   # 'MNI152' (nilearn), or the path of an atlas NIfTI such as SRI24's T1w (paper)
     atlas_mask: str = ""                    # path of its brain mask; '' = the voxels other than 0 of a skull-stripped atlas
     atlas_space: str = ""                   # name of the atlas's space in `space` columns; '' = MNI152NLin2009aSym for MNI152, SRI24 where the file's name says so
     registration: str = "affine"            # 'affine' (paper), 'rigid', or 'none' for scans that already lie in the atlas's space
-    template_mm: int = 2                    # voxel size of the atlas during registration, mm. 1 takes 5 to 10 times as long and moves no scan by more than a fraction of a voxel
-    brain_mask: str = "auto"                # of heads without a mask: 'hd-bet' (paper's; released code), 'deepbet', 'atlas', 'auto' = the first of these that is there, 'given' = refuse
+    template_mm: int = 2                    # voxel size of the atlas during registration, mm. 1 takes six times as long (35 s against 6) for a transform 0.5 mm away
+    brain_mask: str = "auto"                # of heads without a mask: 'hd-bet' (released code), 'deepbet', 'atlas', 'auto' = the first of these that is there, 'given' = refuse
     n4: bool = True                         # bias field correction (paper)
     n4_masked: bool = True                  # inside the brain mask; the released code's BraTS script takes the whole box
     n4_sigma_mm: float = 0.0                # the mask smoothed by this sigma, mm, as the weight of its voxels (released code: 1; 0 = a plain mask)
@@ -86,7 +86,8 @@ def field_of_view(atlas_mask: Volume) -> np.ndarray:
 # %% ../nbs/12_prepare.ipynb #6c39571c
 @dataclass
 class Atlas:
-    "What a scan is registered to: `template` and `t2` (None where there is none), skull-stripped at the registration's voxel size; `mask` at the atlas's own; `grid`, affine of the study's grid; `space`."
+    """What a scan is registered to: `template` and `t2` (None where there is none), skull-stripped, at the registration's voxel size; `mask` at the atlas's own; `grid`, affine of the study's grid;
+    `space`, the name by which scans say that they lie in it."""
     template: Volume
     t2: Volume | None
     mask: Volume
@@ -138,15 +139,23 @@ def _from_ants(image, path="") -> Volume:
     affine[:3, :3], affine[:3, 3] = image.direction * np.array(image.spacing), image.origin
     return Volume(image.numpy().astype(np.float32), np.diag([-1., -1, 1, 1]) @ affine, path)
 
+def _orthogonal(affine) -> np.ndarray:
+    "The affine (4, 4) without shear that is nearest: ITK knows none, but SPM writes it into an sform."
+    from scipy.linalg import polar
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    out = np.array(affine, float); out[:3, :3] = polar(affine[:3, :3] / size)[0] * size
+    return out
+
 def register(moving: Volume, fixed: Volume, seed: int = 0, kind: str = "Affine", start=None, mask: Volume | None = None) -> np.ndarray:
     """The transform (4, 4), mm (RAS) of `moving` to mm of `fixed`, by mutual information. `kind`: 'Affine' or 'Rigid'; `start` (4, 4): None puts the centres of mass together; `mask`: the part of
     `fixed` that counts. Source: ANTs (Avants et al. 2011), `antsRegistration`. Raises `UadError` when ANTs gives up."""
-    flip, images = np.diag([-1., -1, 1, 1]), [_to_ants(v) for v in (fixed, moving)]
-    where = {} if mask is None else dict(mask=_to_ants(mask), mask_all_stages=True)
+    flip, images = np.diag([-1., -1, 1, 1]), [_to_ants(Volume(v.data, _orthogonal(v.affine))) for v in (fixed, moving)]
+    to, fro = _orthogonal(fixed.affine) @ np.linalg.inv(fixed.affine), _orthogonal(moving.affine) @ np.linalg.inv(moving.affine)    # mm to mm without shear
+    where = {} if mask is None else dict(mask=_to_ants(Volume(mask.data, _orthogonal(mask.affine))), mask_all_stages=True)
     ants = _ants(seed)                                                 # the seed last: every call of _ants sets one
     with tempfile.TemporaryDirectory() as tmp:
         if start is not None:
-            pull = flip @ np.linalg.inv(start) @ flip
+            pull = flip @ np.linalg.inv(to @ start @ np.linalg.inv(fro)) @ flip
             ants.write_transform(ants.create_ants_transform("AffineTransform", matrix=pull[:3, :3], translation=pull[:3, 3], center=(0., 0., 0.)), f"{tmp}/start.mat")
             where["initial_transform"] = [f"{tmp}/start.mat"]
         try: out = ants.registration(*images, kind, outprefix=f"{tmp}/out", **where)["fwdtransforms"]
@@ -155,7 +164,7 @@ def register(moving: Volume, fixed: Volume, seed: int = 0, kind: str = "Affine",
         t = ants.read_transform(out[0])
     a, c = t.parameters[:9].reshape(3, 3), t.fixed_parameters          # x -> a (x - c) + c + t, fixed to moving, LPS
     pull = np.eye(4); pull[:3, :3] = a; pull[:3, 3] = t.parameters[9:] + c - a @ c
-    return np.linalg.inv(flip @ pull @ flip)
+    return np.linalg.inv(to) @ np.linalg.inv(flip @ pull @ flip) @ fro
 
 # %% ../nbs/12_prepare.ipynb #4a9d0c26
 def fine_affine(grid=GRID_AFFINE) -> np.ndarray:
@@ -252,6 +261,7 @@ def find_brain(head: Volume, method: str = "auto", contrast: str = "T1w", seed: 
         method = "deepbet" if importlib.util.find_spec("deepbet") else "atlas"
     if method == "deepbet" and not importlib.util.find_spec("deepbet"): raise UadError("prepare.brain_mask: 'deepbet' is not installed: pip install deepbet, or choose 'auto'")
     if method == "hd-bet" and not shutil.which("hd-bet"): raise UadError("prepare.brain_mask: the program hd-bet is not on the PATH: install HD-BET, or choose 'auto'")
+    if method == "atlas" and contrast == "T2w": log.warning("%s: the atlas's brain mask is not reliable on T2w heads: look at it, install deepbet or HD-BET, or give a mask", name)
     mask = {"hd-bet": _hd_bet, "deepbet": _deepbet, "atlas": lambda h: _atlas_mask(h, contrast, seed)}[method](head)
     mask, voxel = largest_component(mask), abs(np.linalg.det(head.affine[:3, :3])) / 1000
     if not 500 < mask.sum() * voxel < 2500: raise UadError(f"{name}: no brain was found ({method} marks {mask.sum() * voxel:.0f} mL, not 500 to 2500): give a brain mask")
@@ -335,7 +345,7 @@ def _locate(scan, brain_mask, through, state, contrast, config, atlas) -> tuple[
         to_atlas = register(Volume(np.where(mask, reference.data, 0), reference.affine, reference.path), target, config.seed, config.registration.capitalize())
     how["seconds_register"] = time.perf_counter() - clock
     if through is not None and not same_grid(through, scan):
-        if brain_mask is not None and given is None: mask = largest_component(brain_mask.data)
+        if brain_mask is not None and given is None: mask, how["mask_method"] = largest_component(brain_mask.data), "given"
         else: mask, how["mask_method"] = largest_component(_resample(mask, through.affine, np.linalg.inv(rigid), scan.affine, scan.data.shape, 0) > 0), how["mask_method"] + ", from its T1w"
     return mask, to_atlas @ rigid, how
 
@@ -396,7 +406,8 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
     if mask_dice < config.min_mask_dice: raise UadError(f"{name}: registration failed (its brain overlaps the template's by Dice {mask_dice:.2f}): check orientation and brain mask")
     try: image = scale(raw, on_grid, config.percentiles)
     except UadError as e: raise UadError(f"{name}: {e}") from None
-    both, like = on_grid & there, sample(atlas.template.data, atlas.template.affine, grid=grid)
+    looks = atlas.t2 if contrast == "T2w" and atlas.t2 is not None else atlas.template
+    both, like = on_grid & there, sample(looks.data, looks.affine, grid=grid)
     size, whole = abs(np.linalg.det(to_atlas[:3, :3])), mask.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     meta |= seconds | dict(mask_dice=mask_dice, correlation=float(np.corrcoef(image[both], like[both])[0, 1]), nmi=float(normalized_mutual_information(image[both], like[both], bins=64)),
                            brain_ml=float(on_grid.sum() * VOXEL_ML), brain_inside=float(min(1, on_grid.sum() * VOXEL_ML / (whole * size))), scale=float(size))
@@ -409,25 +420,25 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
         if lesion is not None: ignored &= ~lesion
         meta["ignore_ml"] = float(ignored.sum() * VOXEL_ML)
     fine = dict(to_atlas=to_atlas.tolist(), grid_affine=grid.tolist(), grid_shape=list(GRID_SHAPE), scan_affine=scan.affine.tolist(), scan_shape=list(scan.data.shape), scan_axes=scan.axes,
-                atlas=Path(config.atlas).name, intensity=[float(v) for v in np.percentile(raw[on_grid], config.percentiles)], settings=asdict(config))
+                atlas=Path(config.atlas).name, intensity=[float(v) for v in np.percentile(raw[on_grid], config.percentiles)],
+                settings=asdict(config) | {k: Path(getattr(config, k)).name for k in ("atlas", "atlas_mask")})               # no path of this machine
     return Prepared(image, on_grid, lesion, to_atlas, grid, ignored, fine, meta)
 
 # %% ../nbs/12_prepare.ipynb #3901d371
 FORMAT = "uad-transform/1"
 
 def to_native(array, prepared, like: Volume | None = None, order: int = 1) -> np.ndarray:
-    """`array` (96, 96, 50) on the scan's own grid, or that of `like` (any grid in the scan's mm): float32, or bool for a mask. order 1: linear, masks cut at one half; 0: the nearest voxel.
+    """`array` (96, 96, 50) on the scan's own grid, or that of `like` (any grid in the scan's mm): float32, or bool for a mask. order 1: linear, masks cut at 0.4; 0: the nearest voxel.
     0 outside the grid. `prepared`: a `Prepared`, or what `load_transform` returns."""
     fine = prepared if isinstance(prepared, dict) else prepared.fine
     if np.shape(array) != tuple(fine["grid_shape"]): raise UadError(f"array: has the shape {np.shape(array)}, not the grid's {tuple(fine['grid_shape'])}: give it as it came from the grid")
     affine, shape = (fine["scan_affine"], fine["scan_shape"]) if like is None else (like.affine, like.data.shape)
     out = _resample(array, np.array(fine["grid_affine"]), np.linalg.inv(fine["to_atlas"]), np.array(affine), shape, order)
-    return out >= .5 if np.asarray(array).dtype == bool else out
+    return out >= .4 if np.asarray(array).dtype == bool else out
 
 def save_transform(path, prepared: Prepared):
     "Write what `to_native` needs to the JSON file `path`: plain numbers, and the settings they came from."
-    settings = {k: Path(v).name if k in ("atlas", "atlas_mask") else v for k, v in prepared.fine["settings"].items()}                # no path of this machine
-    write_json(path, prepared.fine | {"settings": settings}, FORMAT)
+    write_json(path, prepared.fine, FORMAT)
 
 def load_transform(path) -> dict:
     "What `save_transform` wrote. Raises `UadError` when the file is missing, damaged or of another format."
