@@ -386,22 +386,24 @@ def outlined(image, brain_mask, lesion_mask=None, zoom: int = 2) -> np.ndarray:
     return np.concatenate(planes, 1)
 
 def write_quality(table: pd.DataFrame, cohort_dir, file, title: str):
-    """Write the quality page of a preparation: failed subjects first, then a picture of each prepared one, the lowest overlap of its brain mask with the atlas's (`mask_dice`) first.
+    """Write the quality page of a preparation: failed subjects first, then a picture of each prepared one, worst first: by the lower of its ranks, among
+    scans of its contrast, in overlap of the brain mask with the atlas's (`mask_dice`) and likeness to the atlas (`nmi`).
 
     `table`: what `dataset.prepare_dataset` returns; one self-contained HTML file, whole or not at all."""
     from PIL import Image
     e, c = html.escape, Cohort(cohort_dir)
     at = {(s, k): r for r, (s, k) in enumerate(zip(c.table.subject_id, c.table.contrast))}
-    shown = dict(mask_dice="overlap {:.2f}", correlation="correlation {:.2f}", brain_ml="brain {:.0f} mL", lesion_ml="lesion {:.1f} mL", lesion_ml_outside="{:.1f} mL of it outside")
-    failed, cards = table[table.error != ""], []
-    for r in table[table.error == ""].sort_values("mask_dice", na_position="first").to_dict("records"):
+    shown = dict(mask_dice="overlap {:.2f}", nmi="likeness {:.3f}", brain_ml="brain {:.0f} mL", lesion_ml="lesion {:.1f} mL", lesion_ml_outside="{:.1f} mL of it outside")
+    failed, good, cards = table[table.error != ""], table[table.error == ""], []
+    rank = good.groupby("contrast")[["mask_dice", "nmi"]].rank(pct=True).min(axis=1)
+    for r in good.loc[rank.sort_values(kind="stable").index].to_dict("records"):
         i = at[r["subject_id"], r["contrast"]]
         buffer = io.BytesIO()
         Image.fromarray(outlined(c.images[i], np.asarray(c.brain_masks[i]), np.asarray(c.lesion_masks[i]))).quantize(64).save(buffer, "png")
         words = [text.format(r[k]) for k, text in shown.items() if r.get(k) is not None and r[k] == r[k]]
         cards.append(f"<figure><img alt='{e(r['subject_id'], quote=True)}, three planes' loading=lazy src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
                      f"<figcaption><b>{e(r['subject_id'])}</b> {e(r['contrast'])}, {e(r['pathology'])}<br>{e(', '.join(words))}</figcaption></figure>")
-    parts = [f"<h1>{e(title)}</h1><p class=lead>{len(cards)} of {len(table)} scans prepared. Lowest overlap with the atlas first. <b style='color:rgb{MASK_COLOR}'>Brain mask</b>, "
+    parts = [f"<h1>{e(title)}</h1><p class=lead>{len(cards)} of {len(table)} scans prepared, worst first: by overlap of the brain with the atlas's, and likeness (normalised mutual information) to it. <b style='color:rgb{MASK_COLOR}'>Brain mask</b>, "
              f"<b style='color:rgb{LESION_COLOR}'>lesion</b>; axial (the subject's left at the left), coronal, sagittal.</p>"]
     if len(failed): parts.append("<div class=note><h2>Failed</h2>" + "".join(f"<p>{e(f)}</p>" for f in failed.error) + "</div>")
     parts.append(f"<div class=grid>{''.join(cards)}</div><p><details><summary>Settings</summary><pre>{e(json.dumps(c.info.get('prepare'), indent=1))}</pre></details>")
