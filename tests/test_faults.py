@@ -1,8 +1,8 @@
 "What a user can get wrong: one clear line, exit code not 0, nothing half-written."
 import errno, json, os, shutil
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from conftest import TINY, one_line, uad
-from uad_study import cohort, runs
+from uad_study import cli, cohort, prepare, runs
 from uad_study.core import UadError
 
 
@@ -22,6 +22,40 @@ def test_study_faults(tmp_path, line, words):
     (tmp_path/"s.yaml").write_text("\n".join(l for l in TINY.splitlines() if not l.startswith((key, "  -") if key == "models" else key)) + "\n" + line + "\n")
     one_line(uad("run", tmp_path/"s.yaml", "--out", tmp_path/"out"), *words)
     assert not list((tmp_path/"out").rglob("result.json"))
+
+
+@pytest.mark.parametrize("line, words", [
+    ("models: 3", ["models: must be a list"]),
+    ("models: ddpm", ["models: must be a list, such as [ddpm]", "'ddpm'"]),
+    ("models: [3]", ["models[0]", "a mapping of settings, not 3"]),
+    ("models: [{name: [ddpm]}]", ["models[0].name", "Known: ddpm"]),
+    ("models: [{channels: []}]", ["model.channels: is empty"]),
+    ("models: [{channels: [0]}]", ["model.channels: 0"]),
+    ("models: [{norm_num_groups: 0}]", ["model.norm_num_groups: must be more than 0"]),
+    ("models: [{num_head_channels: 0}]", ["model.num_head_channels: must be more than 0"]),
+    ("models: [{patch: 0}]", ["model.patch: must be more than 0"]),
+    ("models: [{patch: 5}]", ["model.patch 5", "multiple of 20 pixels", "96"]),
+    ("models: [{channels: [64, 64, 64, 64, 64, 64, 64]}]", ["7 levels", "multiple of 64 pixels"]),
+    ("data: {contrasts: []}", ["data.contrasts: is empty", "T1w, T2w"]),
+    ("data: {contrasts: [T1w, T1w]}", ["data.contrasts: T1w appears twice"]),
+    ("data: {pathologies: [tumor]}", ["data.pathologies: 'tumor'", "Known: tumour, ms, stroke, wmh"]),
+    ("data: {pathologies: []}", ["data.pathologies: is empty"]),
+    ("data: {pathologies: [ms, ms]}", ["data.pathologies: ms appears twice"]),
+    ("data: {contrasts: [T1w], pathologies: [ms]}", ["data.pathologies: no lesion of ms", "wmh: T1w"]),
+    ("data: {source: real_t1}", ["real_t1", "set contrasts to [T1w] and folds to 1"]),
+    ("data: {source: real_t1, contrasts: [T1w], folds: 2}", ["real_t1", "folds to 1"]),
+    ("engine: {slots: -1}", ["engine.slots", "-1"]),
+    ("engine: {threads: -2}", ["engine.threads", "-2"]),
+])
+def test_study_is_refused_when_read(tmp_path, line, words):
+    (tmp_path/"s.yaml").write_text(f"format: uad-study/1\n{line}\n")
+    with pytest.raises(UadError) as e: runs.read_study(tmp_path/"s.yaml")
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+def test_a_title_may_be_a_number(tmp_path):
+    (tmp_path/"s.yaml").write_text("format: uad-study/1\ntitle: 2024\n")
+    assert runs.read_study(tmp_path/"s.yaml").title == "2024"
 
 
 def test_fault_not_yaml(tmp_path):
@@ -49,6 +83,9 @@ def test_fault_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UadError, match="disk is full"): cohort.write_cohort(tmp_path/"c", [], 3)
     assert not any(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)                                             # as in a run's notebook: the reader needs the whole path
+    with pytest.raises(UadError) as e: cohort.write_cohort("c", [], 3)
+    assert str(e.value).startswith(f"{tmp_path/'c'}: ")
 
 
 def test_fault_second_driver(tmp_path, tiny_yaml):
@@ -111,3 +148,50 @@ def test_manifest_check():
     assert r.returncode == 1 and "leakage" in r.stdout
     assert uad("manifest", "check", "IXI").returncode == 0
     one_line(uad("manifest", "check", "IXY"), "IXI")
+
+
+def test_what_killed_runs_left_is_removed(tmp_path, tiny_yaml):
+    from uad_study.dataset import prepare_dataset
+    def leave(*folders):
+        for f in folders: (f/".tmp-7-cohort").mkdir(parents=True); (f/".tmp-7-cohort"/"images.npy").write_text("half"); (f/".tmp-7-last.pt").write_text("half")
+    folder = planned(tmp_path, tiny_yaml, data_confg={})
+    leave(folder, folder/"maps")
+    assert runs.main([str(folder)]) == 1                                     # it fails; but what an earlier one left is gone
+    leave(tmp_path, tmp_path/"figures")
+    with runs.out_folder(tmp_path): pass
+    assert not [p for p in tmp_path.rglob(".tmp-*")]
+    leave(tmp_path/"d", tmp_path/"d"/"sub-1"/"anat")
+    row = dict(dict.fromkeys(["through", "brain_mask", "lesion_mask", "space", "ignore"], ""), dataset="d", subject_id="1", contrast="T2w", state="stripped", image="none.nii", pathology="healthy", split="test", val_fold=-1)
+    with pytest.raises(UadError, match="none.nii: no such file"): prepare_dataset(pd.DataFrame([row]), tmp_path, tmp_path/"d")
+    assert not [p for p in tmp_path.rglob(".tmp-*")]
+
+
+def test_failed_scans_are_named_without_their_place(tmp_path, monkeypatch):
+    grid = np.ones(cohort.GRID_SHAPE, np.float32)
+    good = dict(subject_id="b", contrast="T1w", pathology="healthy", split="train", val_fold=-1, image=grid, brain_mask=grid > 0, lesion_mask=None, twin=None, meta={})
+    monkeypatch.setattr(prepare, "iter_real_t1", lambda *a, **k: [UadError(f"{tmp_path/'data'/'x'/'a.nii.gz'}: no such file"), good])
+    cohort.build_real_t1(cohort.DataConfig("real_t1", ("T1w",), folds=1), tmp_path/"c", tmp_path/"data")
+    assert cohort.Cohort(tmp_path/"c").info["failed"] == ["x/a.nii.gz: no such file"]
+
+
+def test_fault_folder_that_cannot_be_written(tmp_path, monkeypatch, tiny_yaml):
+    "`uad explore` and `uad clean` where the system refuses (root may write anywhere: so the refusal is made up)."
+    def refuse(*a, **k): raise PermissionError(errno.EACCES, "Permission denied")
+    (tmp_path/"report.html").write_text(""); (tmp_path/"old").mkdir(); (tmp_path/"old"/"run.json").write_text("{}")
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "copyfile", refuse)
+        with pytest.raises(UadError, match="explore.ipynb: cannot be written: no permission"): cli.explore(tmp_path)
+        m.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(UadError, match="old: cannot be written: no permission"): cli.clean(tmp_path, str(tiny_yaml), None, True)
+
+
+def test_workers_keep_to_the_cores_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert runs.resolve_engine(runs.EngineConfig("cpu")) == ("cpu", 1, 1) and runs.provenance()["cores"] == 1
+    pids, threads = zip(*runs.parallel_map(eval, ["(__import__('os').getpid(), __import__('os').environ['OMP_NUM_THREADS'])"] * 4))
+    assert len(set(pids)) == 1 and set(threads) == {"1"}
+
+
+def test_usage_errors_keep_their_exit_code():
+    r = uad("run", "demo", "--no-such-option")
+    assert r.returncode == 2 and "No such option" in r.stderr and "Traceback" not in r.stderr

@@ -2,7 +2,10 @@
 import json, os, re, shutil, signal, subprocess, time
 from pathlib import Path
 import pandas as pd, pytest
-from conftest import command, one_line, uad
+from conftest import TINY, command, one_line, uad
+from uad_study import cli, runs
+from uad_study.cohort import FORMAT
+from uad_study.core import UadError, file_sha256, write_json
 from uad_study.report import TABLE_COLUMNS
 
 
@@ -31,9 +34,16 @@ def test_case_rows(tiny_out):
 def test_provenance_names_no_place(tiny_out):
     r = result(tiny_out, "train")
     assert r["provenance"]["packages"]["torch"] and r["provenance"]["seconds"] > 0 and r["results"]["best_step"] in (4, 8, 12)
-    everything = re.sub(r"base64,[^'\"]+", "", (tiny_out/"report.html").read_text()) + "".join(p.read_text() for p in tiny_out.glob("*/result.json"))
+    everything = re.sub(r"base64,[^'\"]+", "", (tiny_out/"report.html").read_text()) + "".join(p.read_text() for name in ("result.json", "notebook.ipynb") for p in tiny_out.glob(f"*/{name}"))
+    everything = re.sub(r'"image/png": "[^"]+"', "", everything)
     assert len(everything) > 5000 and str(tiny_out) not in everything and str(Path.home()) + "/" not in everything
     assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", everything)
+
+
+def test_results_say_what_they_were_made_from(tiny_out):
+    e, cohort = result(tiny_out, "evaluate"), file_sha256(next(tiny_out.glob("prepare-*/cohort/cohort.json")))
+    assert e["results"]["cohort_sha256"] == e["cohort"] == result(tiny_out, "train")["cohort"] == cohort
+    assert e["results"]["checkpoint_sha256"] == file_sha256(next(tiny_out.glob("train-*/best.pt"))) and e["provenance"]["threads"] >= 1 and e["provenance"]["device"] == "cpu"
 
 
 def test_executed_notebook_ran_with_its_parameters(tiny_out):
@@ -44,10 +54,12 @@ def test_executed_notebook_ran_with_its_parameters(tiny_out):
 
 
 def test_again_is_free(tiny_out, tiny_yaml):
-    before = {p: p.stat().st_mtime_ns for p in tiny_out.rglob("result.json")}
+    before, page = {p: p.stat().st_mtime_ns for p in tiny_out.rglob("result.json")}, (tiny_out/"report.html").read_bytes()
+    (tiny_out/"report.html").unlink()
     r = uad("run", tiny_yaml, "--out", tiny_out, cwd=tiny_yaml.parent)
     assert r.returncode == 0 and r.stdout.count("done already") == 4, r.stdout + r.stderr
     assert before == {p: p.stat().st_mtime_ns for p in tiny_out.rglob("result.json")}
+    assert (tiny_out/"report.html").read_bytes() == page                     # what was deleted is there again
     dry = uad("run", tiny_yaml, "--out", tiny_out, "--dry-run")
     assert dry.stdout.count("done ") == 4 and "to do" not in dry.stdout
 
@@ -90,3 +102,87 @@ def test_kill_and_resume(tiny_out, tiny_yaml, tmp_path):
     assert r.returncode == 0 and "done already  prepare" in r.stdout, r.stdout + r.stderr
     assert (out/"table.csv").read_bytes() == (tiny_out/"table.csv").read_bytes()
     assert not [p for p in out.rglob("*") if ".tmp-" in p.name], "half-written files are left"
+
+
+def test_ctrl_c(tiny_out, tiny_yaml, tmp_path):
+    "Ctrl-C in the middle of the training: one line that says how to go on, an exit code, nobody left at work."
+    out = tmp_path/"out"
+    (tmp_path/"long.yaml").write_text(TINY.replace("steps: 12", "steps: 5000"))
+    prepared = next(tiny_out.glob("prepare-*"))
+    shutil.copytree(prepared, out/prepared.name)
+    driver = subprocess.Popen(command("run", tmp_path/"long.yaml", "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert wait_for(lambda: list(out.glob("train-*/last.pt")), 90)
+    driver.send_signal(signal.SIGINT)
+    assert driver.communicate(timeout=30)[1] == "stopped: run the same command again to go on\n" and driver.returncode == 130
+    assert wait_for(lambda: not subprocess.run(["pgrep", "-f", str(out)], capture_output=True).stdout, 20), "a run went on"
+
+
+class Instant:
+    "Stands for the process of a run that ended well at once."
+    pid = returncode = 0
+    def poll(self): return 0
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    "Runs that take no time. Gives the labels of those that ran, and the list of subjects that the next preparation loses."
+    ran, lost = [], []
+    def start(out, run, threads):
+        folder, results = out/run.folder, {}
+        ran.append(run.label)
+        if run.stage == "prepare":
+            write_json(folder/"cohort"/"cohort.json", dict(failed=list(lost)), FORMAT)
+            results = dict(failed=len(lost), source=run.parameters["data_config"]["source"])
+        if run.stage == "report":
+            for name in ("report.html", "table.csv", "cases.csv", "figures/a.png"): write_json(folder/run.parameters["out_dir"]/name, dict(title=run.parameters["title"]), "x")
+        write_json(folder/"result.json", dict(key=run.key, cohort=json.loads((folder/"run.json").read_text())["cohort"], results=results), runs.RESULT)
+        return Instant()
+    monkeypatch.setattr(runs, "start_run", start)
+    return ran, lost
+
+
+def test_the_report_is_of_the_study_that_ran_last(instant, tmp_path):
+    "A, then B with another title, then A again: nothing is left to do, and OUT shows A."
+    out = tmp_path/"out"
+    for name in "ab": (tmp_path/f"{name}.yaml").write_text(TINY.replace("A tiny study", f"Study {name}"))
+    for name in "aba":
+        runs.run_study(runs.read_study(tmp_path/f"{name}.yaml"), out)
+        for file in ("report.html", "table.csv", "cases.csv", "figures/a.png"): assert f"Study {name}" in (out/file).read_text()
+        newest = max(out.glob("report-*/run.json"), key=lambda p: p.stat().st_mtime)          # what `uad report` takes
+        assert json.loads(newest.read_text())["parameters"]["title"] == f"Study {name}"
+    assert len(instant[0]) == 5
+    shutil.rmtree(newest.parent/"figures")
+    with pytest.raises(UadError, match="figures: is missing: delete the folder report-"): runs.run_study(runs.read_study(tmp_path/"a.yaml"), out)
+
+
+@pytest.fixture
+def real(tmp_path):
+    "A study of real scans, and a folder of stand-ins for them."
+    (tmp_path/"real.yaml").write_text(TINY.split("data:")[0] + "data: {source: real_t1, contrasts: [T1w], folds: 1}\n" + TINY[TINY.index("models:"):])
+    rows = [(f"h{i}_{k}", "healthy", "T1w", k, f"h{i}") for i in range(4) for k in ("image", "brainmask")] + [(f"s{i}", "stroke", "T1w", "lesion_mask", f"s{i}") for i in range(4)]
+    (tmp_path/"data").mkdir()
+    for r in rows: (tmp_path/"data"/r[0]).write_text(r[0])
+    pd.DataFrame(rows, columns=["file", "category", "modality", "kind", "subject"]).to_csv(tmp_path/"data"/"manifest.csv", index=False)
+    return runs.read_study(tmp_path/"real.yaml"), tmp_path/"data"
+
+
+def test_a_failed_subject_is_told_and_tried_again(instant, real, tmp_path, capsys):
+    (study, data), (ran, lost), out = real, instant, tmp_path/"out"
+    lost.append("h2: cannot be read")
+    with pytest.raises(UadError, match="1 subject failed .* run again"): cli._run(tmp_path/"real.yaml", data, out, False, "local", False)
+    said = capsys.readouterr().out
+    assert "h2: cannot be read" in said and "report.html" in said and len(ran) == 4           # the rest of the study ran
+    assert runs.run_study(study, out, data) == lost and len(ran) == 5                          # prepared again; the same cohort, so nothing else
+    lost.clear()
+    assert runs.run_study(study, out, data) == [] and len(ran) == 9                            # mended: everything again ...
+    assert len(list(out.glob("train-*-cohort-*/result.json"))) == 1                            # ... and the old training was put aside, not lost
+    assert runs.run_study(study, out, data) == [] and len(ran) == 9
+
+
+def test_a_scan_that_changes_makes_another_key(real):
+    study, data = real
+    keys = [[r.key for r in runs.plan(study, data)]]
+    for change in (lambda: (data/"h1_image").write_text("h1_imagE"), lambda: (data/"s3").unlink(), lambda: (data/"s3").write_text("s3")):
+        change(); keys.append([r.key for r in runs.plan(study, data)])
+    assert keys[1] == keys[3] and not set(keys[0]) & set(keys[1]) and not set(keys[1]) & set(keys[2])

@@ -127,11 +127,20 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
+        from uad_study.phantom import PATHOLOGIES
         choice(self.source, SOURCES, "data.source")
-        for c in self.contrasts: choice(c, ("T1w", "T2w"), "data.contrasts")
+        for name, known in (("contrasts", ("T1w", "T2w")), ("pathologies", tuple(PATHOLOGIES))):
+            values = getattr(self, name)
+            if not values: raise UadError(f"data.{name}: is empty: list at least one of {', '.join(known)}")
+            for v in values: choice(v, known, f"data.{name}")
+            if twice := [v for v in known if values.count(v) > 1]: raise UadError(f"data.{name}: {twice[0]} appears twice: list it once")
+        if self.source == "real_t1" and (tuple(self.contrasts), self.folds) != (("T1w",), 1):
+            raise UadError("data: the source real_t1 has T1w scans and one fold: set contrasts to [T1w] and folds to 1")
+        if self.source == "virtual" and not any(PATHOLOGIES[p] in self.contrasts for p in self.pathologies):
+            raise UadError(f"data.pathologies: no lesion of {', '.join(self.pathologies)} shows on {', '.join(self.contrasts)} in the virtual cohort ({', '.join(f'{p}: {c}' for p, c in PATHOLOGIES.items())}): add one that does")
         if self.folds > 1 and self.n_train < (self.folds - 1) * self.n_val:
             raise UadError(f"data: {self.folds} disjoint validation sets of {self.n_val} need n_train of at least {(self.folds - 1) * self.n_val}, not {self.n_train}")
-        if min(self.n_train, self.n_val, self.n_lesion_val, self.n_lesion_test, self.folds) < 1: raise UadError("data: every count must be at least 1")
+        if min(self.n_train, self.n_val, self.n_lesion_val, self.n_lesion_test, self.folds) < 1 or self.n_test < 0: raise UadError("data: every count must be at least 1, and n_test at least 0")
 
 SOURCES = ("virtual", "prepared", "real_t1")
 
@@ -145,7 +154,7 @@ def virtual_subjects(config: DataConfig) -> pd.DataFrame:
         fold = i // config.n_val if i < config.n_val * config.folds else -1
         rows.append(dict(subject_id=f"healthy-{i:04d}", pathology="healthy", split="train" if i < n_pool else "test", val_fold=fold if i < n_pool else -1))
     for p in config.pathologies:
-        if PATHOLOGIES[choice(p, PATHOLOGIES, "data.pathologies")] not in config.contrasts: continue
+        if PATHOLOGIES[p] not in config.contrasts: continue
         for i in range(config.n_lesion_val + config.n_lesion_test):
             rows.append(dict(subject_id=f"{p}-{i:04d}", pathology=p, split="val" if i < config.n_lesion_val else "test", val_fold=-1))
     for r in rows: r["seed"] = derive_seed("virtual", config.seed, r["subject_id"])
@@ -203,7 +212,7 @@ def build_real_t1(config: DataConfig, folder, data_dir, prepare: dict | None = N
     for d in iter_real_t1(data_dir, from_dict(PrepareConfig, prepare or {}, "prepare"), seed=config.seed, alphas=config.alphas, pmap=pmap):
         seen += 1
         if tick: tick(seen, max(seen + 1, 2), "preparing" if isinstance(d, UadError) else d["subject_id"])
-        items.append(d if isinstance(d, UadError) else Item({k: d[k] for k in COLUMNS} | d["meta"], d["image"], d["brain_mask"], d["lesion_mask"], d["twin"]))
+        items.append(UadError(str(d).replace(f"{Path(data_dir)}/", "")) if isinstance(d, UadError) else Item({k: d[k] for k in COLUMNS} | d["meta"], d["image"], d["brain_mask"], d["lesion_mask"], d["twin"]))
     write_cohort(folder, items, sum(isinstance(i, Item) for i in items), {"source": "real_t1"})
 
 def build_cohort(config: DataConfig, folder, data_dir=None, prepare: dict | None = None, pmap=map, tick=None):

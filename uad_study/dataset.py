@@ -12,7 +12,7 @@ import pandas as pd
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from .core import UadError, atomic_file, digest, file_sha256, os_error, read_json, write_json
+from .core import UadError, atomic_file, digest, file_sha256, os_error, read_json, remove_leftovers, write_json
 from .cohort import COLUMNS, Item, write_cohort
 from .prepare import PrepareConfig, Prepared, config_atlas, prepare_row, save_transform
 from .volume import load_mask, load_volume, save_volume
@@ -68,8 +68,8 @@ def prepare_subject(row: dict, root, out, config: PrepareConfig) -> dict | UadEr
         write_prepared(p, row, out, space)
         write_json(sidecar, dict(key=key, subject_id=row["subject_id"], dataset=row["dataset"], sources=sources, sha256=hashes, settings=settings_of(config), meta=p.meta), PREPARED)
         return p.meta
-    except UadError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {str(e).replace(f'{root}/', '')}")
-    except OSError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {os_error(out, e)}")
+    except UadError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {str(e).replace(f'{root}/', '').replace(f'{out.absolute()}/', '')}")
+    except OSError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {str(os_error(out, e)).replace(str(out.absolute()), out.name)}")
 
 def write_prepared(p: Prepared, row: dict, out, space: str):
     "Write image, masks and transform of a prepared scan to `out` as NIfTI and json, each file whole or not at all."
@@ -97,6 +97,7 @@ def prepare_dataset(table: pd.DataFrame, root, out, config: PrepareConfig = Prep
     if labels.duplicated().any():
         a, b = table.subject_id[(labels == labels[labels.duplicated()].iloc[0]).to_numpy()].iloc[:2]
         raise UadError(f"subjects {a!r} and {b!r} have the same name but for case and punctuation: rename one of them")
+    remove_leftovers(out, *out.glob("sub-*/anat"))
     results = []
     for row, result in zip(rows, pmap(partial(prepare_subject, root=str(root), out=str(out), config=config), rows)):
         results.append(row | (dict(error=str(result)) if isinstance(result, UadError) else dict(error="") | {k: v for k, v in result.items() if not isinstance(v, (dict, list))}))

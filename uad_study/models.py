@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from .core import UadError, choice, from_dict
 from .diffusion import SCHEDULES, q_sample, restore_one_step
 from .noise import gaussian_noise, simplex_noise
+from .volume import GRID_SHAPE
 
 # %% ../nbs/32_models.ipynb #173a8210
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class ModelConfig:
     def __post_init__(self):
         choice(self.name, MODELS, "model.name"); choice(self.schedule, SCHEDULES, "model.schedule"); choice(self.noise, ("simplex", "gaussian"), "model.noise")
         if not 0 <= self.t_test < self.timesteps: raise UadError(f"model.t_test: {self.t_test} is outside the schedule: choose 0 to {self.timesteps - 1}")
-        if bad := [c for c in self.channels if c % self.norm_num_groups]: raise UadError(f"model.channels: {bad[0]} is no multiple of model.norm_num_groups ({self.norm_num_groups})")
+        if not self.channels: raise UadError("model.channels: is empty: list the channels of at least one level")
+        for k in ("num_res_blocks", "num_head_channels", "norm_num_groups", "patch", "octaves", "persistence", "frequency"):
+            if not getattr(self, k) > 0: raise UadError(f"model.{k}: must be more than 0, not {getattr(self, k)}")
+        step, size = self.patch * 2**(len(self.channels) - 1), GRID_SHAPE[0]
+        if size % step: raise UadError(f"model.channels: {len(self.channels)} levels and model.patch {self.patch} need slices of a multiple of {step} pixels, but they have {size}: use fewer levels or another patch")
+        if bad := [c for c in self.channels if c < 1 or c % self.norm_num_groups]: raise UadError(f"model.channels: {bad[0]} is no multiple of model.norm_num_groups ({self.norm_num_groups})")
         if self.channels[-1] % self.num_head_channels:
             raise UadError(f"model.channels: the last ({self.channels[-1]}) is no multiple of model.num_head_channels ({self.num_head_channels})")
 
@@ -45,10 +51,12 @@ MODELS = {"ddpm": dict(noise="simplex"), "ddpm_gaussian": dict(noise="gaussian")
 
 def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
     "The `ModelConfig` of a model's name, or of a mapping with a name and further settings; refuses settings that contradict the name."
+    if not isinstance(settings, (str, dict)): raise UadError(f"{where}: must be a model's name or a mapping of settings, not {settings!r}")
     settings = {"name": settings} if isinstance(settings, str) else dict(settings)
-    fixed = MODELS[choice(settings.get("name", "ddpm"), MODELS, f"{where}.name")]
+    name = choice(settings.get("name", "ddpm"), MODELS, f"{where}.name")
+    fixed = MODELS[name]
     for k, v in fixed.items():
-        if settings.get(k, v) != v: raise UadError(f"{where}.{k}: {settings[k]!r} contradicts the model {settings['name']!r}, which has {v!r}: remove it")
+        if settings.get(k, v) != v: raise UadError(f"{where}.{k}: {settings[k]!r} contradicts the model {name!r}, which has {v!r}: remove it")
     return from_dict(ModelConfig, settings | fixed, where)
 
 # %% ../nbs/32_models.ipynb #43d8aece
