@@ -83,7 +83,7 @@ def read_study(study) -> Study:
                  plain(section(ScoreConfig, "scores")), plain(section(ReportConfig, "report")), section(EngineConfig, "engine"))
 
 # %% ../nbs/41_runs.ipynb #9f5122af
-STAGES = {"prepare": 2, "train": 1, "evaluate": 1, "report": 2}
+STAGES = {"prepare": 2, "train": 1, "evaluate": 2, "report": 2}
 "The stages of a study and the version of each: part of every key."
 RUN, RESULT = "uad-run/1", "uad-result/1"
 
