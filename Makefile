@@ -38,8 +38,9 @@ gate: dev                 ## notebooks and package agree; notebooks are clean
 test: dev gate            ## every check but the slow ones
 	$(BIN)/python -m pytest
 
-test-all: dev gate        ## every check
-	$(BIN)/python -m pytest -m 'slow or not slow'
+test-all: dev gate        ## every check; keeps its last line in benchmarks/
+	mkdir -p .pytest_cache; set -o pipefail; $(BIN)/python -m pytest -m 'slow or not slow' | tee .pytest_cache/test-all.txt
+	echo "$$(date +%F), commit $$(git rev-parse --short HEAD): $$(tail -n 1 .pytest_cache/test-all.txt)" | tee benchmarks/test-all.txt
 
 bench: dev                ## time the parts; keeps the table in benchmarks/
 	$(BIN)/python benchmarks/bench.py

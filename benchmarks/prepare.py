@@ -1,12 +1,15 @@
 """Measure the preparation of scans: python benchmarks/prepare.py --data DIR (DIR holds manifest.csv; no part needs all of it). Writes benchmarks/prepare.md; -k NAME runs one part and only prints."""
 import argparse, platform, resource, tempfile, time
+from functools import partial
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
 from uad_study import phantom
+from uad_study.dataset import prepare_dataset
 from uad_study.manifest import read_manifest
 from uad_study.prepare import PrepareConfig, _resample, bias_field, find_brain, largest_component, lesion_on_grid, load_template, prepare_scan, sample, to_native
+from uad_study.runs import parallel_map
 from uad_study.volume import GRID_AFFINE, GRID_SHAPE, Volume, load_mask, load_volume, save_volume
 
 PLAIN = PrepareConfig(n4=False)
@@ -112,9 +115,24 @@ def seconds(data, mm=(2, 1)):
     found = []
     for k in mm:
         p = prepare_scan(scan, mask, config=PrepareConfig(template_mm=k)); found.append(p.to_atlas)
-        yield f"{subject}, template_mm {k}", {k[8:]: round(v, 1) for k, v in p.meta.items() if k.startswith("seconds_")}, round(p.meta["mask_dice"], 3), round(p.meta["correlation"], 3)
-    points = apply_affine(scan.affine, np.argwhere(mask.data)[::53])
-    if len(found) > 1: yield "mean distance of the transforms, mm", round(float(np.linalg.norm(apply_affine(found[0], points) - apply_affine(found[1], points), axis=1).mean()), 2)
+        points = apply_affine(scan.affine, np.argwhere(mask.data)[::53])
+        apart = np.linalg.norm(apply_affine(found[0], points) - apply_affine(found[-1], points), axis=1).mean()
+        yield f"template_mm {k}", *(p.meta[f"seconds_{s}"] for s in ("mask", "register", "resample", "n4")), p.meta["mask_dice"], apart
+
+
+def workers(data, counts=(1, 2), n=6):
+    "A data set of `n` stripped scans through `prepare_dataset`, as `uad prepare` does it: (workers, wall seconds a scan, GB of the largest process so far)."
+    t = read_manifest(Path(data)/"manifest.csv")
+    masks = t[t.kind == "brainmask"].set_index("subject").file
+    t = t[(t.category == "healthy") & (t.kind == "image") & t.subject.isin(masks.index)].sort_values("subject").head(n)
+    table = pd.DataFrame([dict(dataset="bench", subject_id=r.subject, contrast="T1w", pathology="healthy", split="train", val_fold=-1, image=r.file, brain_mask=masks[r.subject], lesion_mask="", through="",
+                               state="stripped", space="", ignore="") for r in t.itertuples()])
+    for k in counts:
+        with tempfile.TemporaryDirectory() as out:
+            clock = time.perf_counter()
+            done = prepare_dataset(table, data, out, pmap=partial(parallel_map, workers=k))
+            assert (done.error == "").all(), done.error.tolist()
+            yield k, (time.perf_counter() - clock) / len(table), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def summary(data, parts):
@@ -143,13 +161,15 @@ def summary(data, parts):
                 r = np.array([r[2:] for r in rows if r[0] == c])
                 yield f"| {c}, {name} | {r[:, 0].mean():.3f} | {r[:, 0].min():.3f} | {r[:, 1].mean():.3f} |"
     if "seconds" in parts:
-        yield ""
-        for row in seconds(data): yield "- " + ", ".join(str(c) for c in row)
-        yield f"- peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
+        yield "\n| one stripped scan of 1 mm, one thread: seconds | brain mask | registration | resampling | N4 | overlap with the atlas | mm to the first row's transform |\n|---|---|---|---|---|---|---|"
+        for name, *numbers in seconds(data): yield f"| {name} | " + " | ".join(f"{v:.1f}" for v in numbers[:4]) + f" | {numbers[4]:.3f} | {numbers[5]:.2f} |"
+    if "workers" in parts:
+        yield "\n| six stripped scans, `prepare_dataset` with its own start-up | wall seconds a scan | GB, largest process |\n|---|---|---|"
+        for k, s, gb in workers(data): yield f"| {k} worker{'s' * (k > 1)} | {s:.1f} | {gb:.2f} |"
 
 
 if __name__ == "__main__":
-    parts = ("known_truth", "round_trip", "brain_masks", "n4", "seconds")
+    parts = ("known_truth", "round_trip", "brain_masks", "n4", "seconds", "workers")
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--data", required=True); p.add_argument("-k", choices=parts)
     a, lines = p.parse_args(), []
