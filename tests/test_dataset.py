@@ -1,5 +1,5 @@
 "A whole data set through `uad prepare`: names, resuming, failures, the quality page, and a study on what was prepared."
-import json, re
+import gzip, json, re
 import nibabel, numpy as np, pandas as pd, pytest
 from conftest import TINY, one_line, uad
 from uad_study import phantom
@@ -92,6 +92,27 @@ def test_again_is_free_and_a_changed_scan_is_not(scans, prepared, tmp_path):
     prepare_dataset(table, root, out, QUICK)
     assert [p.name for p, t in times.items() if p.stat().st_mtime_ns != t] == [derivative(dict(subject_id="s3", contrast="T2w"), k, space).split("/")[-1] for k in ("image", "brain")] or \
            {p.parent.parent.name for p, t in times.items() if p.stat().st_mtime_ns != t} == {"sub-s3"}
+
+
+def test_a_lost_or_changed_derivative_is_made_again(scans, prepared):
+    "The sidecar vouches for its files: one that is gone, or not as it was written, is not taken for a scan without a lesion."
+    (root, table), out = scans, prepared[0]
+    space = Cohort(out/"cohort").info["space"]
+    at = {k: out/derivative(dict(subject_id="s5", contrast="T2w"), k, space) for k in ("image", "lesion")}
+    before = {k: p.read_bytes() for k, p in at.items()}
+    at["lesion"].unlink(); at["image"].write_bytes(before["image"][:5000])
+    prepare_dataset(table, root, out, QUICK)
+    c = Cohort(out/"cohort")
+    assert c.lesion_masks[int(np.flatnonzero(c.table.subject_id == "s5")[0])].any() and len(c) == 8
+    assert {k: load_volume(p).data.tobytes() for k, p in at.items()} == {k: nibabel.Nifti1Image.from_bytes(gzip.decompress(b)).get_fdata(dtype=np.float32).tobytes() for k, b in before.items()}
+
+
+def test_whatever_a_library_raises_harms_one_subject(scans, tmp_path, monkeypatch):
+    from uad_study import dataset
+    def boom(*a): raise KeyError("strange")
+    monkeypatch.setattr(dataset, "prepare_row", boom)
+    r = dataset.prepare_subject(scans[1].iloc[0].to_dict(), scans[0], tmp_path, QUICK)
+    assert isinstance(r, UadError) and "s0 T2w: cannot be prepared (KeyError" in str(r) and not list(tmp_path.rglob("*.json"))
 
 
 def test_two_ids_that_become_one(scans, tmp_path):

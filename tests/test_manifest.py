@@ -230,7 +230,7 @@ def test_from_folder_hash_check(tmp_path):
     root = tmp_path/"scans"
     for i in range(9):
         affine = np.diag([1, 1, 2 + 4. * (i == 4), 1])
-        scan(root/f"p{i}_T2.nii.gz", affine=affine); scan(root/f"p{i}_seg.nii.gz", affine=affine, data=np.ones((6, 7, 8), np.uint8))
+        scan(root/f"p{i}_T2.nii.gz", affine=affine, data=np.arange(336.).reshape(6, 7, 8) + i); scan(root/f"p{i}_seg.nii.gz", affine=affine, data=np.ones((6, 7, 8), np.uint8))
     own = "from-folder", root, "--pattern", "{subject}_{contrast}.nii.gz", "--lesions", "{subject}_seg.nii.gz", "--pathology", "ms"
     r = uad("manifest", *own, "--val", "3", "--out", "s.csv", cwd=tmp_path)
     assert r.returncode == 0 and "9 subjects (test 6, val 3), 9 scans: no faults" in r.stdout, r.stdout + r.stderr
@@ -273,3 +273,17 @@ def test_a_table_with_leakage(tmp_path):
     r = uad("manifest", "check", tmp_path/"s.csv")
     assert r.returncode == 1 and "X: leakage: val and test share 1 subject: a" in r.stdout
     with pytest.raises(UadError, match="'[aA]': differs from another id only in case"): m.write_subjects(pd.DataFrame([row, row | dict(subject_id="A")]), tmp_path/"t.csv")
+
+
+def test_one_scan_under_two_ids(tmp_path):
+    "The same bytes as two subjects are one person in two splits; files of equal size but other content are not."
+    for s, content in (("a", b"one"), ("b", b"one"), ("c", b"two")): (tmp_path/f"{s}_T1w.nii.gz").write_bytes(content)
+    table = m.from_folder(tmp_path, "{subject}_{contrast}.nii.gz", val=1, test=1, folds=1)[0]
+    lines = m.same_scans(table, tmp_path)
+    assert len(lines) == 1 and "2 subjects: a, b" in lines[0]
+
+
+def test_masks_that_are_asked_for_must_be_there(tmp_path):
+    for i in range(6): touch(tmp_path, f"s{i}_T1w.nii.gz", *([f"s{i}_mask.nii.gz"] if i else []))
+    table, faults = m.from_folder(tmp_path, "{subject}_{contrast}.nii.gz", masks="{subject}_mask.nii.gz", val=1, test=1, folds=1)
+    assert len(faults) == 1 and "no brain mask of 1 subject: s0" in faults[0] and (table.brain_mask != "").all() and table.subject_id.nunique() == 5

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest
 from nibabel.affines import apply_affine
 from scipy.spatial.transform import Rotation
-from uad_study import prepare
+from uad_study import phantom, prepare
 from uad_study.core import UadError, from_dict
-from uad_study.prepare import (PrepareConfig, _resample, config_atlas, field_of_view, find_brain, load_atlas, load_template, load_transform, prepare_row, prepare_scan, register, sample,
+from uad_study.prepare import (PrepareConfig, _resample, config_atlas, field_of_view, find_brain, lesion_on_grid, load_atlas, load_template, load_transform, prepare_row, prepare_scan, register, sample,
                                save_transform, to_native)
 from uad_study.volume import GRID_AFFINE, GRID_SHAPE, Volume, load_volume, save_volume
 
@@ -255,3 +255,26 @@ class TestReal:
         t2 = Volume(_resample(np.where(x > .08, 1.1 - np.clip(x, 0, 1), .02), t1.affine, move, box, (220, 240, 34), 1), box)
         points = apply_affine(t1.affine, np.argwhere(mask)[::101])
         assert np.linalg.norm(apply_affine(prepare._to_other(t2, t1, mask, 0) @ move, points) - points, axis=1).mean() < .5
+
+
+@pytest.mark.parametrize("spacing, offset", [((1, 1, 3), 0), ((1, 1, 5), .3), ((1, 1, 1), 0), ((.5, .5, .5), 0), ((.25, .5, 1), .2), ((2, 2, 2), .7)])
+def test_no_part_of_a_lesion_is_lost_on_the_way(spacing, offset):
+    "A lesion that fills a scan to its last voxels, at any voxel size: its volume arrives whole (the edge of a scan is the edge of its outermost voxel, and fine voxels are not passed over)."
+    shape = tuple(int(round(30 / s)) for s in spacing)
+    affine = np.diag([*spacing, 1.]); affine[:3, 3] = np.array((-15, -20, 0)) + offset
+    _, v = lesion_on_grid(Volume(np.ones(shape, bool), affine), np.ones(GRID_SHAPE, bool))
+    assert v["lesion_ml_scan"] == pytest.approx(np.prod(np.array(shape) * spacing) / 1000) and v["lesion_lost"] < .01 and v["lesion_ml"] == pytest.approx(v["lesion_ml_scan"], rel=.1)
+    rng = np.random.default_rng(0)
+    _, v = lesion_on_grid(Volume(rng.random(shape) > .5, affine), np.ones(GRID_SHAPE, bool))
+    assert v["lesion_lost"] < .02                                       # fine texture is averaged, not sampled
+
+
+def test_a_lesion_on_the_t1_grid_takes_the_t1_way():
+    "T2w with its lesion drawn on the T1w: the same as with the lesion moved onto the T2w."
+    s = phantom.diseased(3, "ms")
+    t2 = Volume(s.images["T2w"], GRID_AFFINE, "t2")
+    t1 = Volume(np.pad(1 - s.images["T2w"], ((2, 0), (0, 3), (0, 0))) * np.pad(s.brain_mask, ((2, 0), (0, 3), (0, 0))), GRID_AFFINE @ np.array([[1, 0, 0, -2.], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "t1")
+    lesion = Volume(np.pad(s.lesion_mask, ((2, 0), (0, 3), (0, 0))), t1.affine, "lesion")
+    config = PrepareConfig(template_mm=4, n4=False, registration="none")
+    p = prepare_scan(t2, None, lesion, config, "T2w", t1, "stripped")
+    assert p.lesion_mask.any() and 2 * (p.lesion_mask & s.lesion_mask).sum() / (p.lesion_mask.sum() + s.lesion_mask.sum()) > .6

@@ -224,7 +224,7 @@ def check(dataset: What, split: Annotated[str, typer.Option(help="published or d
     if root:
         there = [all((root/p).is_file() for p in (r.image, r.lesion_mask) if p) for r in table.itertuples()]
         prints, more = manifest.fingerprints(table[there], root, volume.fingerprint, known["shape"], known["labels"])
-        faults += more + (manifest.changed_files(root, hashes) if hashes else [])
+        faults += more + manifest.same_scans(table[there], root) + (manifest.changed_files(root, hashes) if hashes else [])
         if len(prints):
             print(manifest.cohort_summary(prints).to_string(float_format="{:.4g}".format))
             print(prints.value_counts(["contrast", "shape", "orientation"]).rename("images").head(12).to_string())

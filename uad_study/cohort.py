@@ -79,7 +79,7 @@ class Cohort:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.info = read_json(self.folder/"cohort.json", FORMAT)
-        self.table = pd.read_csv(self.folder/"volumes.csv", dtype={"subject_id": str})
+        self.table = pd.read_csv(self.folder/"volumes.csv", dtype={"subject_id": str}, keep_default_na=False, na_values=[""])     # somebody may be called NA
         for k in ARRAYS:
             a = open_array(self.folder/f"{k}.npy", len(self.table))
             setattr(self, k, a)
@@ -188,11 +188,11 @@ def merge_cohorts(folders, folder, contrasts, pathologies, tick=None):
     cohorts = [Cohort(f) for f in folders]
     first = cohorts[0]
     for c in cohorts[1:]:
-        for k in ("space", "prepare"):
-            a, b = first.info.get(k), c.info.get(k)
-            if a == b: continue
-            if isinstance(a, dict) and isinstance(b, dict): k, a, b = next((k, a.get(k), b.get(k)) for k in a | b if a.get(k) != b.get(k))
-            raise UadError(f"{c.folder}: was prepared with {k} = {b!r}, but {first.folder} with {a!r}: prepare them alike")
+        settings = lambda info: {"space": info.get("space")} | (info.get("prepare") or {})
+        for k in (a := settings(first.info)) | (b := settings(c.info)):
+            a_, b_ = a.get(k), b.get(k)
+            if a_ == b_ or k == "brain_mask" and "auto" in (a_, b_): continue                  # 'auto': no head needed a mask
+            raise UadError(f"{c.folder}: was prepared with {k} = {b_!r}, but {first.folder} with {a_!r}: prepare them alike")
     chosen = [(c, r) for c in cohorts for r in np.flatnonzero(c.table.contrast.isin(contrasts) & c.table.pathology.isin(["healthy", *pathologies]))]
     if not chosen: raise UadError(f"{first.folder}: holds no {' or '.join(contrasts)} volumes: check data.contrasts and --data")
     def items():

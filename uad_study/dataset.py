@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PREPARED', 'PREPARE_VERSION', 'INPUTS', 'bids_label', 'derivative', 'settings_of', 'space_of', 'prepare_subject',
-           'write_prepared', 'read_prepared', 'prepare_dataset']
+           'kept_meta', 'write_prepared', 'read_prepared', 'prepare_dataset']
 
 # %% ../nbs/14_dataset.ipynb #ec8be739
 import re
 import pandas as pd
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from .core import UadError, atomic_file, digest, file_sha256, os_error, read_json, remove_leftovers, write_json
+from .core import UadError, atomic_file, digest, file_sha256, log, os_error, read_json, remove_leftovers, write_json
 from .cohort import COLUMNS, Item, write_cohort
-from .prepare import PrepareConfig, Prepared, config_atlas, prepare_row, save_transform
+from .prepare import PrepareConfig, Prepared, brain_method, config_atlas, prepare_row, save_transform
 from .volume import load_mask, load_volume, save_volume
 
 # %% ../nbs/14_dataset.ipynb #6fb0ea9a
@@ -60,24 +60,36 @@ def prepare_subject(row: dict, root, out, config: PrepareConfig) -> dict | UadEr
             except OSError as e: raise UadError(f"{f}: cannot be read: {e.strerror}: check its permissions") from None
         key = digest(PREPARE_VERSION, settings_of(config), hashes, row["contrast"], row["state"], row["space"], row["ignore"])
         sidecar = out/derivative(row, "json", space)
-        try:
-            kept = read_json(sidecar, PREPARED)
-            if kept["key"] == key: return kept["meta"]
-        except (UadError, KeyError): pass
+        if kept := kept_meta(sidecar, key, out): return kept
+        for what in ("json", "image", "brain", "lesion", "ignored", "transform"): (out/derivative(row, what, space)).unlink(missing_ok=True)    # nothing of other settings stays
         p = prepare_row(row, root, config)
-        write_prepared(p, row, out, space)
-        write_json(sidecar, dict(key=key, subject_id=row["subject_id"], dataset=row["dataset"], sources=sources, sha256=hashes, settings=settings_of(config), meta=p.meta), PREPARED)
+        files = write_prepared(p, row, out, space)
+        write_json(sidecar, dict(key=key, subject_id=row["subject_id"], dataset=row["dataset"], sources=sources, sha256=hashes, files=files, settings=settings_of(config), meta=p.meta), PREPARED)
         return p.meta
     except UadError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {str(e).replace(f'{root}/', '').replace(f'{out.absolute()}/', '')}")
     except OSError as e: return UadError(f"{row['subject_id']} {row['contrast']}: {str(os_error(out, e)).replace(str(out.absolute()), out.name)}")
+    except Exception as e:                                    # whatever a library raises on a strange scan: the others go on
+        log.info("", exc_info=True)
+        return UadError(f"{row['subject_id']} {row['contrast']}: cannot be prepared ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}): check the scan, or run again with -v")
 
-def write_prepared(p: Prepared, row: dict, out, space: str):
-    "Write image, masks and transform of a prepared scan to `out` as NIfTI and json, each file whole or not at all."
+def kept_meta(sidecar: Path, key: str, out) -> dict | None:
+    "The meta of a subject that is done: its sidecar has this key, and every file it lists is there as it was written. Else None."
+    try: kept = read_json(sidecar, PREPARED)
+    except UadError: return None
+    if kept.get("key") != key: return None
+    try: return kept["meta"] if all(file_sha256(Path(out)/f) == h for f, h in kept["files"].items()) else None
+    except (OSError, KeyError): return None
+
+def write_prepared(p: Prepared, row: dict, out, space: str) -> dict:
+    "Write image, masks and transform of a prepared scan to `out` as NIfTI and json, each file whole or not at all: {path relative to `out`: sha256}. A mask without voxels is no file."
+    written = []
     for what, data in (("image", p.image), ("brain", p.brain_mask), ("lesion", p.lesion_mask), ("ignored", p.ignore_mask)):
-        file = Path(out)/derivative(row, what, space)
-        if data is None or not data.any(): file.unlink(missing_ok=True)
-        else: save_volume(file, data, p.grid_affine)
-    save_transform(Path(out)/derivative(row, "transform", space), p)
+        name = derivative(row, what, space)
+        if data is None or not data.any(): (Path(out)/name).unlink(missing_ok=True)
+        else: save_volume(Path(out)/name, data, p.grid_affine); written.append(name)
+    written.append(derivative(row, "transform", space))
+    save_transform(Path(out)/written[-1], p)
+    return {f: file_sha256(Path(out)/f) for f in written}
 
 def read_prepared(row: dict, out, space: str) -> Item:
     "The derivatives of a row as an `Item` for a cohort, with the numbers of its sidecar in the item's row."
@@ -98,6 +110,7 @@ def prepare_dataset(table: pd.DataFrame, root, out, config: PrepareConfig = Prep
         a, b = table.subject_id[(labels == labels[labels.duplicated()].iloc[0]).to_numpy()].iloc[:2]
         raise UadError(f"subjects {a!r} and {b!r} have the same name but for case and punctuation: rename one of them")
     remove_leftovers(out, *out.glob("sub-*/anat"))
+    if config.brain_mask == "auto" and ((table.state == "head") & (table.brain_mask == "")).any(): config = replace(config, brain_mask=brain_method())     # one way for all of them, and on record
     results = []
     for row, result in zip(rows, pmap(partial(prepare_subject, root=str(root), out=str(out), config=config), rows)):
         results.append(row | (dict(error=str(result)) if isinstance(result, UadError) else dict(error="") | {k: v for k, v in result.items() if not isinstance(v, (dict, list))}))

@@ -6,8 +6,8 @@
 __all__ = ['PAPER_SIZES', 'SPLITS_FORMAT', 'DATASET_FORMAT', 'SUBJECTS_FORMAT', 'HASHES_FORMAT', 'SUBJECT_COLUMNS', 'KNOWN',
            'PATHOLOGY', 'read_manifest', 'dataset_name', 'facts', 'listing', 'published_splits', 'audit',
            'paper_faults', 'default_splits', 'write_splits', 'by_fold', 'write_subjects', 'read_subjects', 'subjects',
-           'own_splits', 'from_folder', 'from_bids', 'check', 'missing_files', 'write_hashes', 'changed_files',
-           'fingerprints', 'cohort_summary', 'outliers', 'real_t1_subjects', 'verify']
+           'own_splits', 'from_folder', 'from_bids', 'check', 'missing_files', 'same_scans', 'write_hashes',
+           'changed_files', 'fingerprints', 'cohort_summary', 'outliers', 'real_t1_subjects', 'verify']
 
 # %% ../nbs/01_manifest.ipynb #9915a035
 import os, re
@@ -301,7 +301,7 @@ def own_splits(ids, healthy: bool, val: int | None = None, test: int | None = No
     return pd.DataFrame(dict(subject_id=ids, split=np.where(i < 0, "test", "val"), val_fold=-1))[:test + val]
 
 # %% ../nbs/01_manifest.ipynb #a545b256
-def _own(root, layout, what, subject="{subject}", pathology="healthy", state="head", space="", val=None, test=None, folds=5, seed=0):
+def _own(root, layout, what, subject="{subject}", masks_needed=False, pathology="healthy", state="head", space="", val=None, test=None, folds=5, seed=0):
     "The table of subjects and the faults of a user's own folder."
     for column, value in dict(pathology=pathology, state=state, space=space).items(): choice(value, KNOWN[column], f"--{column}")
     found, faults, bad = _find(root, layout, subject)
@@ -315,6 +315,9 @@ def _own(root, layout, what, subject="{subject}", pathology="healthy", state="he
         there = f" (there are masks of {_some(other)})" if len(other) else ""
         if len(gone): faults.append(f"{root}: no lesion mask of {_some(gone)}{there}: add it, or put healthy subjects into a folder of their own")
         images &= found.lesion_mask != ""
+    if masks_needed and len(gone := found.index[images & (found.brain_mask == "")]):
+        faults.append(f"{root}: no brain mask of {_some(gone)}: add it, change --masks (or --lesions, if that takes the brain masks), or leave --masks out")
+        images &= found.brain_mask != ""
     found = found[images]
     if not len(found): raise UadError(f"{root}: no subject is left: {faults[-1]}")
     try: members = own_splits(found.index, pathology == "healthy", val, test, folds, seed)
@@ -335,7 +338,7 @@ def from_folder(root, pattern: str, lesions: str = "", masks: str = "", contrast
     if ("{contrast}" in pattern) == bool(contrast): raise UadError(f"--pattern: {pattern!r}: say the contrast either by {{contrast}} in it or by --contrast T1w or T2w")
     if (pathology != "healthy") != bool(lesions): raise UadError("--pathology and --lesions go together: say what the lesions are, and where their masks lie")
     layout = {"lesion_mask": [lesions], "brain_mask": [masks], choice(contrast, KNOWN["contrast"], "--contrast") if contrast else "image": [pattern]}
-    return _own(root, {k: p for k, p in layout.items() if p[0]}, f"the pattern {pattern!r}", pathology=pathology, **kw)
+    return _own(root, {k: p for k, p in layout.items() if p[0]}, f"the pattern {pattern!r}", masks_needed=bool(masks), pathology=pathology, **kw)
 
 # %% ../nbs/01_manifest.ipynb #1073507f
 def from_bids(root, session: str = "", pathology: str = "healthy", **kw) -> tuple[pd.DataFrame, list[str]]:
@@ -346,7 +349,7 @@ def from_bids(root, session: str = "", pathology: str = "healthy", **kw) -> tupl
     anat = f"{sub}/ses-{session}/anat/" if session else f"{sub}/**/anat/"
     lesion = [f"{what}_{kind}" for what in ("label-L", "label-L_*", "label-*esion*", "desc-*esion*") for kind in ("mask", "dseg")] if pathology != "healthy" else []
     layout = {"refused": [f"{anat}{sub}_*ce-*_T1w.nii*"], "T1w": [f"{anat}{lead}T1w.nii*" for lead in leads], "T2w": [f"{anat}{lead}T2w.nii*" for lead in leads],
-              "brain_mask": [f"**/{lead}desc-brain_mask.nii*" for lead in leads], "lesion_mask": [f"**/{lead}{name}.nii*" for lead in leads for name in lesion]}
+              "brain_mask": [f"**/anat/{lead}desc-brain_mask.nii*" for lead in leads], "lesion_mask": [f"**/{lead}{name}.nii*" for lead in leads for name in lesion]}
     return _own(root, layout, "sub-*/[ses-*/]anat/*_T1w.nii.gz or *_T2w.nii.gz", subject=sub, pathology=pathology, **kw)
 
 # %% ../nbs/01_manifest.ipynb #f18501ee
@@ -369,6 +372,15 @@ def missing_files(table: pd.DataFrame, root) -> list[str]:
 def _sha256(path):
     try: return file_sha256(path)
     except OSError as e: raise UadError(f"{path}: cannot be read: {e.strerror}: change its permissions, or copy it again") from e
+
+def same_scans(table: pd.DataFrame, root) -> list[str]:
+    "Images of different subjects that are the same to the byte, a line each: one person under two ids, or a copy with a wrong name. Only files of one size are read."
+    t = table.drop_duplicates("image")
+    t = t.assign(size=[(Path(root)/p).stat().st_size for p in t.image])
+    t = t[t.duplicated("size", keep=False)]
+    t = t.assign(sha256=[_sha256(Path(root)/p) for p in t.image])
+    return [f"{Path(root)/g.image.iloc[0]}: the same scan, to the byte, is that of {_some(set(g.subject_id))}: keep one of them"
+            for _, g in t.groupby("sha256") if g.subject_id.nunique() > 1]
 
 def write_hashes(table: pd.DataFrame, root, path):
     "Record the SHA-256 of every file of a table of subjects in the json file `path`, for `changed_files` to compare. Raises `UadError` when one is missing."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PrepareConfig', 'load_template', 'field_of_view', 'Atlas', 'load_atlas', 'config_atlas', 'register',
-           'fine_affine', 'halve', 'sample', 'largest_component', 'own_field_of_view', 'find_brain', 'bias_field',
-           'curvature_flow', 'Prepared', 'scale', 'lesion_on_grid', 'prepare_scan', 'to_native', 'save_transform',
-           'load_transform', 'prepare_row', 'semisynthetic', 'choose_shapes', 'iter_real_t1']
+           'fine_affine', 'halve', 'sample', 'largest_component', 'own_field_of_view', 'brain_method', 'find_brain',
+           'bias_field', 'curvature_flow', 'Prepared', 'scale', 'lesion_on_grid', 'prepare_scan', 'to_native',
+           'save_transform', 'load_transform', 'prepare_row', 'semisynthetic', 'choose_shapes', 'iter_real_t1']
 
 # %% ../nbs/12_prepare.ipynb #267b98f1
 import importlib.util, os, shutil, subprocess, tempfile, time
@@ -173,11 +173,20 @@ def fine_affine(grid=GRID_AFFINE) -> np.ndarray:
     fine[:3, 3] = (grid @ [-.25, -.25, -.25, 1])[:3]
     return fine
 
+def _coarse(data, affine) -> tuple[np.ndarray, np.ndarray]:
+    "`data` and its affine with voxels well under 1 mm averaged, whole ones at a time, to at most 1 mm: sampling at 1 mm would pass over some. Source: scikit-image."
+    times = np.maximum(1, np.floor(1 / np.linalg.norm(affine[:3, :3], axis=0) + .01)).astype(int)
+    if (times == 1).all(): return data, affine
+    from skimage.measure import block_reduce
+    step = np.diag([*times, 1.]); step[:3, 3] = (times - 1) / 2
+    return block_reduce(np.asarray(data, np.float32), tuple(times), np.mean), affine @ step
+
 def _resample(data, affine, to_atlas, target, shape, order: int) -> np.ndarray:
     "`data` (index to scan mm: `affine`) on the grid `target` (index to atlas mm) of `shape`, float32; order 0, 1 or 3 (B-spline, clipped to the range of `data`); 0 outside. Source: scipy.ndimage."
     from scipy.ndimage import affine_transform
+    if order == 1: data, affine = _coarse(data, affine)
     pull = np.linalg.inv(to_atlas @ affine) @ target
-    x = affine_transform(np.asarray(data, np.float32), pull[:3, :3], pull[:3, 3], output_shape=tuple(shape), order=order, cval=0)
+    x = affine_transform(np.asarray(data, np.float32), pull[:3, :3], pull[:3, 3], output_shape=tuple(shape), order=order, mode="grid-constant", cval=0)     # to the edge of the last voxel
     return np.clip(x, np.min(data), np.max(data)) if order > 1 else x
 
 def halve(x) -> np.ndarray:
@@ -224,7 +233,8 @@ def _hd_bet(head: Volume) -> np.ndarray:
 def _deepbet(head: Volume) -> np.ndarray:
     "Brain mask by deepbet (Fisch et al. 2024), made for T1w; the two T2w heads at hand are masked as well. On the CPU, so that masks do not depend on the machine."
     import nibabel
-    from deepbet import BrainExtraction
+    try: from deepbet import BrainExtraction
+    except ImportError as e: raise UadError(f"prepare.brain_mask: deepbet cannot be imported ({e}): install it again, or choose 'atlas'") from e
     try: return np.asarray(BrainExtraction(no_gpu=True).run(nibabel.Nifti1Image(np.asarray(head.data, np.float32), head.affine))[1].dataobj) > .5
     except (AssertionError, ValueError, RuntimeError, IndexError) as e:
         raise UadError(f"{head.path or 'scan'}: deepbet finds no brain: check the scan, or choose another prepare.brain_mask") from e
@@ -250,15 +260,20 @@ def _atlas_mask(head: Volume, contrast: str, seed: int) -> np.ndarray:
     to_atlas = register(upper, target, seed, "Affine", register(upper, target, seed, "Rigid", mask=near), near)
     return _resample(mask, affine, np.linalg.inv(to_atlas), head.affine, head.data.shape, 1) >= .5
 
+def brain_method(without: str = "") -> str:
+    "What 'auto' means on this machine: 'hd-bet' where its program is on the PATH, else 'deepbet' where it can be imported, else 'atlas'."
+    there = {"hd-bet": shutil.which("hd-bet"), "deepbet": importlib.util.find_spec("deepbet"), "atlas": True}
+    return next(m for m, found in there.items() if found and m != without)
+
 def find_brain(head: Volume, method: str = "auto", contrast: str = "T1w", seed: int = 0) -> tuple[np.ndarray, str]:
     "(brain mask of a head, method used). 'auto': HD-BET where its program is on the PATH and works, else deepbet where it can be imported, else the atlas. Raises `UadError` when none is found."
     name = head.path or "scan"
     if method == "given": raise UadError(f"{name}: has no brain mask: give one, say that the scan is stripped, or choose another prepare.brain_mask than 'given'")
     if method == "auto":
-        if shutil.which("hd-bet"):
+        if (method := brain_method()) == "hd-bet":
             try: return find_brain(head, "hd-bet", contrast, seed)
             except UadError as e: log.warning("%s; trying another way", e)
-        method = "deepbet" if importlib.util.find_spec("deepbet") else "atlas"
+            method = brain_method(without="hd-bet")
     if method == "deepbet" and not importlib.util.find_spec("deepbet"): raise UadError("prepare.brain_mask: 'deepbet' is not installed: pip install deepbet, or choose 'auto'")
     if method == "hd-bet" and not shutil.which("hd-bet"): raise UadError("prepare.brain_mask: the program hd-bet is not on the PATH: install HD-BET, or choose 'auto'")
     if method == "atlas" and contrast == "T2w": log.warning("%s: the atlas's brain mask is not reliable on T2w heads: look at it, install deepbet or HD-BET, or give a mask", name)
@@ -328,8 +343,8 @@ def _to_other(scan: Volume, other: Volume, mask, seed: int) -> np.ndarray:
     if not tried: raise error
     return max(tried)[2]
 
-def _locate(scan, brain_mask, through, state, contrast, config, atlas) -> tuple[np.ndarray, np.ndarray, dict]:
-    "(brain mask on the scan's grid, scan mm to atlas mm, how both were found)."
+def _locate(scan, brain_mask, through, state, contrast, config, atlas) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
+    "(brain mask on the scan's grid, scan mm to atlas mm, mm of `through` to atlas mm (the scan's, where there is none), how they were found)."
     clock, how = time.perf_counter(), {}
     reference, rigid = scan, np.eye(4)
     if through is not None: reference, contrast = through, "T1w"
@@ -347,7 +362,7 @@ def _locate(scan, brain_mask, through, state, contrast, config, atlas) -> tuple[
     if through is not None and not same_grid(through, scan):
         if brain_mask is not None and given is None: mask, how["mask_method"] = largest_component(brain_mask.data), "given"
         else: mask, how["mask_method"] = largest_component(_resample(mask, through.affine, np.linalg.inv(rigid), scan.affine, scan.data.shape, 0) > 0), how["mask_method"] + ", from its T1w"
-    return mask, to_atlas @ rigid, how
+    return mask, to_atlas @ rigid, to_atlas, how
 
 # %% ../nbs/12_prepare.ipynb #8f783ecd
 def lesion_on_grid(lesion: Volume, brain_mask, to_atlas=np.eye(4), grid=GRID_AFFINE, how: str = "area") -> tuple[np.ndarray, dict]:
@@ -358,8 +373,8 @@ def lesion_on_grid(lesion: Volume, brain_mask, to_atlas=np.eye(4), grid=GRID_AFF
     else: there = part >= .5 if how == "area" else part > 0
     on_grid, inside = there & brain_mask, part[brain_mask].sum() * VOXEL_ML
     scan_ml = lesion.data.sum() * abs(np.linalg.det(lesion.affine[:3, :3])) / 1000
-    whole = max(scan_ml * abs(np.linalg.det(to_atlas[:3, :3])), 1e-9)
-    return on_grid, dict(lesion_ml_scan=float(scan_ml), lesion_ml=float(on_grid.sum() * VOXEL_ML), lesion_ml_outside=float(max(0, whole - inside)), lesion_lost=float(max(0, 1 - inside / whole)))
+    whole = scan_ml * abs(np.linalg.det(to_atlas[:3, :3]))
+    return on_grid, dict(lesion_ml_scan=float(scan_ml), lesion_ml=float(on_grid.sum() * VOXEL_ML), lesion_ml_outside=float(max(0, whole - inside)), lesion_lost=float(max(0, 1 - inside / whole)) if whole else 0.)
 
 def _on_grid(scan: Volume, mask, to_atlas, grid, config: PrepareConfig) -> tuple[np.ndarray, np.ndarray, dict]:
     "(image, brain mask) on the grid, before the intensities are scaled, and the seconds of each step."
@@ -373,8 +388,9 @@ def _on_grid(scan: Volume, mask, to_atlas, grid, config: PrepareConfig) -> tuple
     else: image = np.where(inside, _resample(scan.data, scan.affine, to_atlas, fine, shape, order), 0)
     seconds = dict(seconds_resample=time.perf_counter() - clock); clock = time.perf_counter()
     if config.n4:
-        low = min(0., float(image[inside].min()))                                                            # N4 takes logarithms
-        image = np.where(inside, (image - low) / np.maximum(bias_field(image - low, inside, config), .05) + low, 0)
+        if (negative := (image[inside] < 0).mean()) > .05:                                                   # standardised intensities are no product of tissue and field
+            log.warning("%s: %.0f %% of the brain is negative: its bias field is left as it is (N4 takes logarithms)", scan.path or "scan", 100 * negative)
+        else: image = np.where(inside, image / np.maximum(bias_field(image, inside, config), .05), 0)
     if config.denoise: image = np.where(inside, curvature_flow(image, config.denoise_step, config.denoise_iterations), 0)
     seconds["seconds_n4"] = time.perf_counter() - clock
     brain = largest_component(halve(inside) >= .5)
@@ -386,18 +402,18 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
                  through: Volume | None = None, state: str = "head", ignore: Volume | None = None) -> Prepared:
     """Bring a scan onto the study's grid: brain mask, registration to the atlas, one resampling to 1 mm, bias field, halved to 2 mm, intensities in [0, 1].
 
-    `contrast`: 'T1w' or 'T2w'. `state`: 'head', or 'stripped' where voxels other than 0 are the brain. `through`: the T1w scan of the same person for a T2w one. `lesion_mask` and `ignore` (neither
-    lesion nor healthy) are bool on the scan's grid, `brain_mask` on the scan's or on that of `through`. meta: mask_dice (brain mask against the atlas's, on the grid), correlation and nmi (with the
+    `contrast`: 'T1w' or 'T2w'. `state`: 'head', or 'stripped' where voxels other than 0 are the brain. `through`: the T1w scan of the same person for a T2w one. `brain_mask`, `lesion_mask` and
+    `ignore` (neither lesion nor healthy) are bool, on the scan's grid or on that of `through`. meta: mask_dice (brain mask against the atlas's, on the grid), correlation and nmi (with the
     template inside both masks), brain_ml, brain_inside (share of the brain inside the field of view), mask_method, scale (|det| of the transform), seconds_*; with a lesion the volumes of
     `lesion_on_grid`; with `ignore` ignore_ml. Raises `UadError` for masks on another grid, a brain that is not found and a failed registration."""
     from skimage.metrics import normalized_mutual_information
     name = scan.path or "scan"
     choice(contrast, ("T1w", "T2w"), f"{name}: contrast"); choice(state, ("head", "stripped"), f"{name}: state")
     for m in (brain_mask, lesion_mask, ignore):
-        if m is not None and not same_grid(m, scan) and not (m is brain_mask and through is not None and same_grid(m, through)):
+        if m is not None and not same_grid(m, scan) and not (through is not None and same_grid(m, through)):
             raise UadError(f"{m.path or 'mask'}: lies on another grid than {name}: resample it onto the scan")
     atlas = config_atlas(config)
-    mask, to_atlas, meta = _locate(scan, brain_mask, through, state, contrast, config, atlas)
+    mask, to_atlas, through_to_atlas, meta = _locate(scan, brain_mask, through, state, contrast, config, atlas)
     if not mask.any(): raise UadError(f"{(brain_mask or scan).path or name}: the brain mask is empty on {name}: check that scan and mask belong together")
     grid = atlas.grid if config.field_of_view == "fixed" else own_field_of_view(Volume(mask, scan.affine, name), to_atlas, atlas)
     raw, on_grid, seconds = _on_grid(scan, mask, to_atlas, grid, config)
@@ -412,11 +428,12 @@ def prepare_scan(scan: Volume, brain_mask: Volume | None = None, lesion_mask: Vo
     meta |= seconds | dict(mask_dice=mask_dice, correlation=float(np.corrcoef(image[both], like[both])[0, 1]), nmi=float(normalized_mutual_information(image[both], like[both], bins=64)),
                            brain_ml=float(on_grid.sum() * VOXEL_ML), brain_inside=float(min(1, on_grid.sum() * VOXEL_ML / (whole * size))), scale=float(size))
     lesion = ignored = None
+    def way(m): return to_atlas if same_grid(m, scan) else through_to_atlas                                  # a mask drawn on the T1w takes the T1w's way
     if lesion_mask is not None:
-        lesion, volumes = lesion_on_grid(lesion_mask, on_grid, to_atlas, grid, config.lesion); meta |= volumes
+        lesion, volumes = lesion_on_grid(lesion_mask, on_grid, way(lesion_mask), grid, config.lesion); meta |= volumes
     if ignore is not None:
         either = ignore.data if lesion_mask is None else ignore.data | lesion_mask.data
-        ignored = lesion_on_grid(Volume(either, ignore.affine), on_grid, to_atlas, grid, config.lesion)[0] & (sample(ignore.data, ignore.affine, to_atlas, grid) > 0)
+        ignored = lesion_on_grid(Volume(either, ignore.affine), on_grid, way(ignore), grid, config.lesion)[0] & (sample(ignore.data, ignore.affine, way(ignore), grid) > 0)
         if lesion is not None: ignored &= ~lesion
         meta["ignore_ml"] = float(ignored.sum() * VOXEL_ML)
     fine = dict(to_atlas=to_atlas.tolist(), grid_affine=grid.tolist(), grid_shape=list(GRID_SHAPE), scan_affine=scan.affine.tolist(), scan_shape=list(scan.data.shape), scan_axes=scan.axes,
@@ -456,7 +473,7 @@ def _under(root, name: str) -> Path:
 
 def prepare_row(row: dict, root, config: PrepareConfig = PrepareConfig()) -> Prepared:
     """Read and prepare one row of a manifest: a dict with contrast, image, brain_mask, lesion_mask, through (paths relative to `root`, '' = none), state ('head', 'stripped'), space and ignore
-    (label values of the lesion file that count as neither, such as '2' or '2,3'). A scan whose `space` is the atlas's is not registered. Raises only `UadError`."""
+    (label values of the lesion file that count as neither, such as '2' or '2 3'). A scan whose `space` is the atlas's is not registered. Raises only `UadError`."""
     get = lambda k: str(row.get(k) or "")
     if not get("image"): raise UadError(f"{get('subject_id') or 'row'}: has no image: fill that column, or remove the row")
     path = _under(root, get("image"))
@@ -469,8 +486,9 @@ def prepare_row(row: dict, root, config: PrepareConfig = PrepareConfig()) -> Pre
             if not any(o is not None and same_grid(mask, o) for o in (scan, through)): load_mask(mask.path, like=scan)
         lesion = ignored = None
         if get("lesion_mask"):
-            lesion = load_labels(_under(root, get("lesion_mask")), like=scan)
-            try: values = [int(v) for v in get("ignore").replace(";", ",").split(",") if v.strip()]
+            lesion = load_labels(_under(root, get("lesion_mask")))
+            if not any(o is not None and same_grid(lesion, o) for o in (scan, through)): load_labels(lesion.path, like=scan)
+            try: values = [int(v) for v in get("ignore").replace(",", " ").split()]
             except ValueError: raise UadError(f"{get('subject_id') or path}: ignore must list label values such as '2', not {get('ignore')!r}") from None
             if values: ignored = Volume(np.isin(lesion.data, values), lesion.affine, lesion.path)
             lesion.data = (lesion.data > 0) & ~np.isin(lesion.data, values)
