@@ -30,7 +30,7 @@ manifest_app = typer.Typer(no_args_is_help=True, help="Which subjects belong to 
 app.add_typer(manifest_app, name="manifest")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is finished there is not done again.")]
-Data = Annotated[Optional[Path], typer.Option("--data", help="Folder of real scans that holds manifest.csv (for studies that read some).")]
+Data = Annotated[Optional[Path], typer.Option("--data", help="Folder of scans, for studies that read some: what `uad prepare` wrote (paper-data), or a folder with a manifest.csv (real-t1).")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
 
 def main():
@@ -100,7 +100,7 @@ def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--tr
     _run("demo", None, out, False, "local", verbose)
 
 @app.command()
-def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, real-t1, paper, released-code) or a YAML file.")], data: Data = None,
+def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, real-t1, paper, paper-data, released-code) or a YAML file.")], data: Data = None,
         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results (default: runs/STUDY).")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
         engine: Annotated[str, typer.Option(help="Where runs are executed: local.")] = "local", verbose: Verbose = False):
@@ -147,7 +147,7 @@ def prepare(source: What, root: Annotated[Path, typer.Option(help="The folder th
 # %% ../nbs/44_cli.ipynb #53fb6e8c
 @app.command()
 def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("runs/demo")):
-    "What is done, running, failed or waiting in a folder of results."
+    "What is done, failed or unfinished (running, or stopped) in a folder of results."
     from uad_study.core import read_json
     from uad_study.runs import RESULT, RUN
     import json

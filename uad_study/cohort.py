@@ -195,6 +195,9 @@ def merge_cohorts(folders, folder, contrasts, pathologies, tick=None):
             raise UadError(f"{c.folder}: was prepared with {k} = {b_!r}, but {first.folder} with {a_!r}: prepare them alike")
     chosen = [(c, r) for c in cohorts for r in np.flatnonzero(c.table.contrast.isin(contrasts) & c.table.pathology.isin(["healthy", *pathologies]))]
     if not chosen: raise UadError(f"{first.folder}: holds no {' or '.join(contrasts)} volumes: check data.contrasts and --data")
+    for contrast in contrasts:
+        if not any(((c.table.contrast == contrast) & (c.table.pathology == "healthy") & (c.table.split == "train")).any() for c in cohorts):
+            raise UadError(f"{Path(first.folder).parent.parent}: holds no healthy {contrast} scans to train on: prepare some there (the paper's: uad prepare IXI), or leave {contrast} out of data.contrasts")
     def items():
         yield from (UadError(f) for c in cohorts for f in c.info["failed"])
         for c, r in chosen:

@@ -109,7 +109,7 @@ def undertrained(curve: list[dict], steps: pd.DataFrame, ssim: float = np.nan, f
     `curve` holds the records of metrics.jsonl, `steps` the rows of steps.csv of this training, `ssim` the mean SSIM of its restorations to the input in healthy brain. `fall`: relative fall of the
     validation loss over the second half of the training; `rise`: relative rise of the mean Dice of SSIM-ens from the last snapshot to the end; `low`: an SSIM below which restorations are blurred."""
     signs, end = [], curve[-1]["step"]
-    if ssim < low: signs.append(f"its restorations of healthy brain are blurred (SSIM {ssim:.2f} to the input)")
+    if ssim < low: signs.append(f"its restorations are blurred (SSIM {ssim:.2f} to the input outside lesions)")
     first, second = [r["val_loss"] for r in curve if r["step"] <= end / 2], [r["val_loss"] for r in curve if r["step"] > end / 2]
     if first and (f := 1 - min(second) / min(first)) > fall:
         signs.append(f"its validation loss fell by {f:.0%} over the second half of its {end} training steps")
@@ -145,8 +145,6 @@ def figure_sigma(results: Results, model: str | None = None):
         of = lambda score, m=model: _mean(results.rows(model=m, pathology=p, score=score))
         sigmas = [s for s in SIGMAS if len(results.rows(model=model, pathology=p, score=f"ssim_{s:g}"))]
         mean, std = np.array([of(f"ssim_{s:g}") for s in sigmas]).T if sigmas else ([], [])
-        ceiling = [of(f"truth_{s:g}", "perfect map")[0] for s in sigmas]
-        if not np.isnan(ceiling).all(): ax.plot(sigmas, ceiling, color="0.75", lw=1, label="truth, blurred")
         if len(sigmas):
             ax.plot(sigmas, mean, color="C0", marker="o", ms=4, label="SSIM"); ax.fill_between(sigmas, mean - np.nan_to_num(std), mean + np.nan_to_num(std), color="C0", alpha=.2, lw=0)
             best = int(np.nanargmax(mean)); ax.plot(sigmas[best], mean[best], "*", color="C3", ms=13, zorder=5, label="best sigma on the test set")
@@ -327,6 +325,9 @@ def cautions(results: Results) -> list[str]:
         r = results.restorations
         seen = r[(r.model == q["model_config"]["name"]) & (r.contrast == q["contrast"]) & (r.fold == q["fold"])].ssim
         if signs := undertrained(curve, mine, seen.mean()): notes.append(f"Under-trained: {q['model_config']['name']} on {q['contrast']} (fold {q['fold']}): {' and '.join(signs)}. Blurred restorations hurt SSIM more than l1: train longer before comparing scores.")
+    at_chance = [(m, p, s, *t[["auprc_pooled", "prevalence"]].mean()) for m in results.models for p in results.pathologies for s in ("l1", "ssim_ens") if len(t := results.rows(model=m, pathology=p, score=s))]
+    at_chance = [f"{score_label(s)} of {m} on {NAMES.get(p, p).lower()} ({a:.3f} at a prevalence of {q:.3f})" for m, p, s, a, q in at_chance if a < 1.5 * q]
+    if at_chance: notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times the prevalence): {'; '.join(at_chance)}. Such maps mark most of the brain; a difference between them means nothing.")
     counts = {p: int(results.rows(pathology=p).n_test.max()) for p in results.pathologies}
     if few := {p: n for p, n in counts.items() if n < 30}: notes.append(f"Fewer than 30 test patients ({', '.join(f'{NAMES.get(p, p).lower()} {n}' for p, n in few.items())}): that supports only a cautious claim.")
     for p in results.pathologies:
@@ -345,9 +346,9 @@ def write_report(results: Results, out_dir):
                  "how the restoration differs. Mean volumetric Dice (%) on the test set, 96×96×50 voxels of 2 mm.</p>")
     parts.append("<div class=note>" + "".join(f"<p>{e(n)}</p>" for n in cautions(results)) + "</div>")
     parts.append("<h2>Dice by score and pathology</h2>" + _html_table(table_dice(results)) + "<p><small>Threshold: the exact optimum on the pathology's own validation set (from another one where it has none), before components. "
-                 "Bold: highest of a model on the test set. In brackets: 95 % bootstrap interval over patients. Perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components: the ceiling.</small></p>")
+                 "Bold: highest of a model on the test set. In brackets: 95 % bootstrap interval over patients. Perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components: what is left of a score without fault. (The median removes small lesions; some blur saves them.)</small></p>")
     parts.append("<h2>SSIM-ens against l1</h2>" + _html_table(table_tests(results)))
-    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys). Grey: the truth blurred at that sigma, through the same post-processing (the ceiling).", figures/f"sigma-{m}.png") for m in results.models))
+    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys).", figures/f"sigma-{m}.png") for m in results.models))
     parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.", figures/f"maps-{m}.png") for m in results.models))
     if (fig := figure_alpha(results)) is not None: parts.append("<h2>How subtle may a lesion be?</h2>" + _html_figure(fig, "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible.", figures/"alpha.png"))
     parts.append("<h2>Whose threshold?</h2>" + _html_table(table_thresholds(results)) + "<p><small>Dice (%) under each rule. Oracle: the threshold with the highest Dice over all pooled test voxels, before components; nobody has it in practice. Healthy only: 95 % of healthy validation scans carry at most 1 mL.</small></p>")
@@ -370,10 +371,10 @@ def write_report(results: Results, out_dir):
 MASK_COLOR, LESION_COLOR = (255, 176, 0), (86, 180, 233)
 
 def outlined(image, brain_mask, lesion_mask=None, zoom: int = 2) -> np.ndarray:
-    "Three planes of a volume (H, W, D) in [0, 1] side by side, through the lesion's (else the brain's) centre, with the outlines of both masks: (height, width, 3) uint8."
+    "Three planes of a volume (H, W, D) in [0, 1] side by side, where the lesion is largest (else through the brain's centre), with the outlines of both masks: (height, width, 3) uint8."
     from scipy.ndimage import binary_erosion
     lesion = np.zeros(image.shape, bool) if lesion_mask is None else np.asarray(lesion_mask)
-    centre = [int(round(i.mean())) for i in np.nonzero(lesion if lesion.any() else brain_mask)]
+    centre = [int(lesion.sum(tuple({0, 1, 2} - {k})).argmax()) if lesion.any() else int(round(np.nonzero(brain_mask)[k].mean())) for k in range(3)]
     large = lambda a: a.repeat(zoom, 0).repeat(zoom, 1)
     planes = []
     for axis, at in ((2, centre[2]), (1, centre[1]), (0, centre[0])):
@@ -393,7 +394,7 @@ def write_quality(table: pd.DataFrame, cohort_dir, file, title: str):
     from PIL import Image
     e, c = html.escape, Cohort(cohort_dir)
     at = {(s, k): r for r, (s, k) in enumerate(zip(c.table.subject_id, c.table.contrast))}
-    shown = dict(mask_dice="overlap {:.2f}", nmi="likeness {:.3f}", brain_ml="brain {:.0f} mL", lesion_ml="lesion {:.1f} mL", lesion_ml_outside="{:.1f} mL of it outside")
+    shown = dict(mask_dice="overlap {:.2f}", nmi="likeness {:.3f}", brain_ml="brain {:.0f} mL", lesion_ml_scan="lesion {:.1f} mL in the scan", lesion_ml="{:.1f} mL on the grid", lesion_ml_outside="{:.1f} mL outside")
     failed, good, cards = table[table.error != ""], table[table.error == ""], []
     rank = good.groupby("contrast")[["mask_dice", "nmi"]].rank(pct=True).min(axis=1)
     for r in good.loc[rank.sort_values(kind="stable").index].to_dict("records"):

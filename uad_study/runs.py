@@ -376,7 +376,7 @@ def out_folder(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
         remove_leftovers(out, out/"figures")
-    except Timeout: raise UadError(f"{out}: another `uad run` works there: wait for it, or choose another --out") from None
+    except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
     finally: lock.release()
