@@ -269,7 +269,7 @@ def _tumour(rng, a: Anatomy, scanner, plain):
     cost = r * (1.35 - .5 * a.tissues[2]) + .16 * size * rough + 40 * (~a.brain_mask | (a.depth < 1)) + 12 * a.tissues[0]
     fraction = grow(cost, ml, .9)
     core = grow(r + .2 * size * inner, ml * rng.uniform(.2, .5), 1.5)
-    strength = rng.uniform(.4, 1.2)
+    strength = rng.uniform(.55, 1.3)
     target = scanner.means[2] + strength * (.10 + .15 * core) + .05 * hetero * (.4 + core)
     return fraction * (1 - .85 * a.tissues[0]), target, _push(p, size * .8, rng.uniform(1, 4))
 
@@ -279,7 +279,7 @@ def _ms(rng, a: Anatomy, scanner, plain):
     weight = a.tissues[2] * a.brain_mask * (np.exp(a.ventricle / 9) * (a.ventricle < 0) + .02) * (a.depth > 4)
     direction = np.stack(np.gradient(a.ventricle))
     fraction = ovoids(rng, weight, direction, sizes, 1.6)
-    return fraction * (1 - .8 * a.tissues[0]), scanner.means[2] + rng.uniform(.09, .23) + .03 * smooth_field(rng, (1.0, 8.0)), None
+    return fraction * (1 - .8 * a.tissues[0]), scanner.means[2] + rng.uniform(.1, .23) + .03 * smooth_field(rng, (1.0, 8.0)), None
 
 def _stroke(rng, a: Anatomy, scanner, plain):
     ml, kind = lognormal(rng, 4, 2.2, .05, 250), rng.random()
