@@ -91,7 +91,7 @@ def test_fault_full_disk(tmp_path, monkeypatch):
 def test_fault_second_driver(tmp_path, tiny_yaml):
     from filelock import FileLock
     (tmp_path/"out").mkdir()
-    with FileLock(tmp_path/"out"/".lock"): one_line(uad("run", tiny_yaml, "--out", tmp_path/"out"), "another `uad run` works there")
+    with FileLock(tmp_path/"out"/".lock"): one_line(uad("run", tiny_yaml, "--out", tmp_path/"out"), "another `uad` command works there")
 
 
 def planned(tmp_path, tiny_yaml, **change):
