@@ -72,6 +72,7 @@ def prepare_subject(row: dict, root, out, config: PrepareConfig) -> dict | UadEr
         log.info("", exc_info=True)
         return UadError(f"{row['subject_id']} {row['contrast']}: cannot be prepared ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}): check the scan, or run again with -v")
 
+# %% ../nbs/14_dataset.ipynb #ebe53661
 def kept_meta(sidecar: Path, key: str, out) -> dict | None:
     "The meta of a subject that is done: its sidecar has this key, and every file it lists is there as it was written. Else None."
     try: kept = read_json(sidecar, PREPARED)

@@ -15,7 +15,7 @@ from .cohort import Cohort, patients
 from .metrics import auprc, best_threshold, dice, perfect_maps, volume_threshold
 from .postprocess import components, postprocess
 from .reconstruct import reconstruct_cohort
-from .scores import SIGMAS, check_score, l1_map, score_maps, ssim_map
+from .scores import SIGMAS, check_score, score_maps, ssim_map
 from .train import load_model
 from .volume import GRID_SHAPE, VOXEL_ML
 

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'ModelConfig', 'model_config', 'Denoiser', 'DDPM', 'build_m
 
 # %% ../nbs/32_models.ipynb #21f35d1c
 import torch
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from .core import UadError, choice, from_dict

@@ -49,6 +49,7 @@ def summarise(cases: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataFrame:
                          auprc=at(rule, "auprc").mean(), auprc_pooled=p.auprc_pooled, prevalence=p.prevalence, healthy_fp_ml=fp.mean()))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
+# %% ../nbs/42_report.ipynb #feb9e299
 def chosen_sigma(cases: pd.DataFrame, pooled: pd.DataFrame, table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The score 'ssim_val': in each fold the single sigma with the highest Dice on the validation set that gives the threshold. Rows for the case table and for `table.csv`.
 
@@ -64,6 +65,7 @@ def chosen_sigma(cases: pd.DataFrame, pooled: pd.DataFrame, table: pd.DataFrame)
         more_cases.append(cases[(cases[keys] == key).all(axis=1) & (cases.pathology == pathology) & (cases.score == best)].assign(score="ssim_val"))
     return pd.concat([cases[:0], *more_cases]), pd.concat([table[:0], *more_rows])
 
+# %% ../nbs/42_report.ipynb #c51f575d
 class Results:
     "Everything the report shows: `cases`, `pooled`, `restorations`, `steps`, `curves`, `table` and the provenance of the runs, read from run folders."
     def __init__(self, title, study, cohort_dir, train_dirs, evaluate_dirs):
