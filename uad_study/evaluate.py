@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import UadError, atomic_file
 from .cohort import Cohort, patients
+from .models import RestoreConfig
 from .metrics import auprc, best_threshold, dice, perfect_maps, volume_threshold
 from .postprocess import components, postprocess
 from .reconstruct import reconstruct_cohort
@@ -128,16 +129,19 @@ def few_rows(cohort: Cohort, fold: int, contrast: str, n_val: int, n_test: int) 
     return {s: np.concatenate([cohort.select(s, fold, contrast=contrast, pathology=p)[:n] for p in t.pathology.unique() if p != "healthy"] or [[]]).astype(int)
             for s, n in (("val", n_val), ("test", n_test))}
 
-def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folder, config: ScoreConfig, device="cpu", perfect=True, steps_val=2, steps_test=4, tick=None) -> dict:
-    """Restore and judge what the training in `train_dir` learnt. Writes cases.csv, pooled.csv, restorations.csv and steps.csv to `folder` and returns these tables by name.
+def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folder, config: ScoreConfig, device="cpu", perfect=True, steps_val=2, steps_test=4, tick=None,
+                      label: str | None = None, restore: RestoreConfig | None = None) -> dict:
+    """Restore and judge what the training in `train_dir` learnt. `label`: what the tables call it (default: the model's name); `restore`: how a diffusion model restores.
+
+    Writes cases.csv, pooled.csv, restorations.csv and steps.csv to `folder` and returns these tables by name.
 
     Restorations are kept in `train_dir`."""
     train_dir, folder = Path(train_dir), Path(folder)
     rows = {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}
     model, info = load_model(train_dir/"best.pt", device)
-    name, names, table = model.config.name, config.names_for(contrast), cohort.table
+    name, names, table = label or model.config.name, config.names_for(contrast), cohort.table
     if not len(rows["test"]): raise UadError(f"{cohort.folder}: has no {contrast} volumes in split 'test' of fold {fold}")
-    restore = lambda rs, file: reconstruct_cohort(cohort, rs, file, train_dir, device=device, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}")))
+    restore = lambda rs, file: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}")))
     x_hat = restore(np.concatenate([rows["val"], rows["test"]]), train_dir/"best.pt")
     cases, pooled = judge(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), names, config, folder/"maps", name, tick)
     if perfect:

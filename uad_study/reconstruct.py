@@ -7,35 +7,39 @@ __all__ = ['RECONSTRUCT_VERSION', 'reconstruct_volume', 'reconstruct_cohort']
 
 # %% ../nbs/34_reconstruct.ipynb #3804b3d9
 import numpy as np, torch
+from dataclasses import asdict
 from pathlib import Path
 from .core import UadError, digest
 from .cohort import Cohort, open_reconstructions, patients, write_reconstructions
 from .core import file_sha256
-from .train import generator_for, load_model
+from .models import RestoreConfig
+from .train import generator_for, load_model, memory
 
 # %% ../nbs/34_reconstruct.ipynb #63b3e576
 def reconstruct_volume(model, volume: np.ndarray, seed_parts: tuple, device="cpu", batch_size: int = 64) -> np.ndarray:
     "The restoration of a volume (H, W, D) in [0, 1], float32, same shape. `batch_size` slices at a time."
     generator = generator_for(device, *seed_parts)
     slices = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume, -1, 0), np.float32))[:, None].to(device)
-    if model.config.shared_noise: batch_size = len(slices)
-    out = [model.reconstruct(x, generator) for x in slices.split(batch_size)]
+    if getattr(model.config, "shared_noise", False): batch_size = len(slices)
+    with memory(device, "engine.slots", "lower it, or restore with engine.device: cpu"): out = [model.reconstruct(x, generator) for x in slices.split(batch_size)]
     return torch.cat(out)[:, 0].permute(1, 2, 0).cpu().numpy()
 
 # %% ../nbs/34_reconstruct.ipynb #a9c687e3
-RECONSTRUCT_VERSION = 2
+RECONSTRUCT_VERSION = 3
 
-def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None) -> dict[int, np.ndarray]:
+def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None, restore: RestoreConfig | None = None) -> dict[int, np.ndarray]:
     """Restorations {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
 
+    `restore`: how a diffusion model restores (default: the paper's way).
+
     Raises `UadError` when the weights were trained on another contrast than a row's."""
-    key = digest(RECONSTRUCT_VERSION, file_sha256(checkpoint), cohort.info["sha256"]["images"], [int(r) for r in rows], seed)
+    key = digest(RECONSTRUCT_VERSION, file_sha256(checkpoint), cohort.info["sha256"]["images"], [int(r) for r in rows], seed, restore)
     kept = Path(folder)/f"reconstructions-{key}"
     if not (kept/"reconstructions.json").exists():
-        model, info = load_model(checkpoint, device)
+        model, info = load_model(checkpoint, device, restore=restore)
         contrasts = set(cohort.table.contrast.iloc[rows]) - {info["contrast"]}
         if contrasts: raise UadError(f"{checkpoint}: was trained on {info['contrast']}, but the cohort's rows are {contrasts.pop()}: choose the weights of that contrast")
         who = patients(cohort.table)                                  # the volumes of one person meet the same noise: what differs between them is the lesion
         volumes = (reconstruct_volume(model, cohort.images[r], (seed, "restore", str(who[r])), device) for r in rows)
-        write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed}, tick)
+        write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)}, tick)
     return open_reconstructions(kept)[0]

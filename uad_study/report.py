@@ -6,11 +6,11 @@
 __all__ = ['TABLE_COLUMNS', 'NAMES', 'SCORE_NAMES', 'STYLE', 'MASK_COLOR', 'LESION_COLOR', 'headline_rule', 'per_patient',
            'summarise', 'chosen_sigma', 'Results', 'open_results', 'undertrained', 'score_order', 'score_label',
            'figure_sigma', 'figure_maps', 'reconstruction_of', 'figure_training', 'figure_alpha', 'table_dice',
-           'table_thresholds', 'table_tests', 'table_restorations', 'cautions', 'write_report', 'outlined',
-           'write_quality']
+           'table_thresholds', 'table_tests', 'variant_effects', 'table_variants', 'figure_variants', 'figure_look',
+           'table_restorations', 'slug', 'cautions', 'write_report', 'outlined', 'write_quality']
 
 # %% ../nbs/42_report.ipynb #2862e47f
-import base64, html, io, json
+import base64, html, io, json, re
 import numpy as np, pandas as pd
 from pathlib import Path
 from . import __version__
@@ -67,8 +67,10 @@ def chosen_sigma(cases: pd.DataFrame, pooled: pd.DataFrame, table: pd.DataFrame)
 
 # %% ../nbs/42_report.ipynb #c51f575d
 class Results:
-    "Everything the report shows: `cases`, `pooled`, `restorations`, `steps`, `curves`, `table` and the provenance of the runs, read from run folders."
-    def __init__(self, title, study, cohort_dir, train_dirs, evaluate_dirs):
+    """Everything the report shows: `cases`, `pooled`, `restorations`, `steps`, `curves`, `table` and the provenance of the runs, read from run folders.
+
+    `labels`: what each evaluation is called in the tables; `models`: these without the variants; `variants`: {label: {'base', 'says'}}."""
+    def __init__(self, title, study, cohort_dir, train_dirs, evaluate_dirs, variants=()):
         self.title, self.study, self.cohort = title, study, Cohort(cohort_dir)
         self.train_dirs, self.evaluate_dirs = [Path(d) for d in train_dirs], [Path(d) for d in evaluate_dirs]
         self.trainings = [read_json(d/"result.json", RESULT) for d in self.train_dirs]
@@ -86,7 +88,9 @@ class Results:
         more = chosen_sigma(self.cases, self.pooled, self.table)
         self.cases, self.table = (pd.concat(pair, ignore_index=True) for pair in zip((self.cases, self.table), more))
         self.pathologies = sorted(set(self.table.pathology), key=lambda p: (list(NAMES).index(p) if p in NAMES else len(NAMES), p))
-        self.models = [m for m in dict.fromkeys(self.table.model) if m != "perfect map"]
+        self.labels = [e["parameters"].get("label") or t["parameters"]["model_config"]["name"] for t, e in zip(self.trainings, self.evaluations)]
+        self.variants = {v["label"]: v for v in variants}
+        self.models = [m for m in dict.fromkeys(self.table.model) if m != "perfect map" and m not in self.variants]
 
     def rows(self, **where) -> pd.DataFrame:
         "The rows of `table` with these values."
@@ -102,7 +106,7 @@ def open_results(out) -> Results:
     q, at = read_json(planned[-1], RUN)["parameters"], planned[-1].parent
     missing = [d for d in q["train_dirs"] + q["evaluate_dirs"] if not (at/d/"result.json").exists()]
     if missing: raise UadError(f"{at/missing[0]}: is not finished: run the study again")
-    return Results(q["title"], q["study"], at/q["cohort_dir"], [at/d for d in q["train_dirs"]], [at/d for d in q["evaluate_dirs"]])
+    return Results(q["title"], q["study"], at/q["cohort_dir"], [at/d for d in q["train_dirs"]], [at/d for d in q["evaluate_dirs"]], q.get("variants", ()))
 
 # %% ../nbs/42_report.ipynb #f2740835
 def undertrained(curve: list[dict], steps: pd.DataFrame, ssim: float = np.nan, fall: float = 0.03, rise: float = 0.05, low: float = 0.6) -> list[str]:
@@ -172,8 +176,8 @@ def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.
         rows.append((p, contrast, test[np.argsort([c.lesion_masks[r].sum() for r in test])[len(test) // 2]]))
     fig, axes = plt.subplots(len(rows), len(columns), figsize=(1.55 * len(columns), 1.7 * len(rows)), squeeze=False, layout="constrained")
     for (p, contrast, r), axs in zip(rows, axes):
-        train = next(d for d, t in zip(results.train_dirs, results.trainings) if t["parameters"]["contrast"] == contrast and t["parameters"]["model_config"]["name"] == model)
-        x, x_hat, lesion = np.asarray(c.images[r]), np.asarray(reconstruction_of(train, r)), np.asarray(c.lesion_masks[r])
+        train, e = next((d, e) for d, m, e in zip(results.train_dirs, results.labels, results.evaluations) if e["parameters"]["contrast"] == contrast and m == model)
+        x, x_hat, lesion = np.asarray(c.images[r]), np.asarray(reconstruction_of(train, r, e["parameters"].get("restore_config"))), np.asarray(c.lesion_masks[r])
         z, inside = int(lesion.sum((0, 1)).argmax()), np.asarray(c.brain_masks[r])
         maps = score_maps(x, x_hat, columns[2:-1])
         for ax, name in zip(axs, columns):
@@ -188,12 +192,12 @@ def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.
         axs[0].set_ylabel(f"{NAMES.get(p, p)}\n{contrast}", fontsize=8)
     return fig
 
-def reconstruction_of(train_dir, row: int):
-    "The reconstruction of a cohort row that is kept in a training's folder (by its best weights)."
+def reconstruction_of(train_dir, row: int, restore: dict | None = None):
+    "The reconstruction of a cohort row that is kept in a training's folder (by its best weights, restored as `restore` says)."
     best = read_json(Path(train_dir)/"result.json", RESULT)["results"]["best_step"]
     for folder in sorted(Path(train_dir).glob("reconstructions-*")):
         volumes, info = open_reconstructions(folder)
-        if row in volumes and info["step"] == best: return volumes[row]
+        if row in volumes and info["step"] == best and (info.get("restore") or {}) == (restore or {}): return volumes[row]
     raise UadError(f"{train_dir}: holds no reconstruction of row {row}: run the evaluation again")
 
 # %% ../nbs/42_report.ipynb #3e5ca8d7
@@ -202,14 +206,16 @@ def figure_training(results: Results):
     import matplotlib.pyplot as plt
     pathologies = list(dict.fromkeys(results.steps.pathology)) if len(results.steps) else []
     fig, axes = plt.subplots(1, 1 + len(pathologies), figsize=(3.1 * (1 + len(pathologies)), 2.7), squeeze=False, layout="constrained")
-    for t, curve in zip(results.trainings, results.curves):
+    lines = ["-", ":", "--", "-.", (0, (5, 1, 1, 1, 1, 1))]
+    style = {m: lines[i % len(lines)] for i, m in enumerate(results.models)}
+    for t, m, curve in zip(results.trainings, results.labels, results.curves):
         q = t["parameters"]
-        axes[0, 0].plot([r["step"] for r in curve], [r["val_loss"] for r in curve], marker=".", label=f"{q['contrast']} {q['model_config']['name']}" + (f" fold {q['fold']}" if q["fold"] else ""))
+        if m in style: axes[0, 0].plot([r["step"] for r in curve], [r["val_loss"] for r in curve], ls=style[m], color={"T1w": "C0", "T2w": "C3"}.get(q["contrast"]), lw=1.2, alpha=1 if q["fold"] == 0 else .4, label=f"{q['contrast']} {m}" if q["fold"] == 0 else None)
     axes[0, 0].set(title="Validation loss (healthy)", xlabel="training step", yscale="log"); axes[0, 0].legend(frameon=False, fontsize=7)
     for ax, p in zip(axes[0, 1:], pathologies):
         for (model, score), g in results.steps[results.steps.pathology == p].groupby(["model", "score"], sort=False):
             m = g.groupby("step").dice.mean() * 100
-            ax.plot(m.index, m, marker="o", ms=4, color={"l1": "C2", "ssim_ens": "C1"}[score], ls="-" if model == results.models[0] else ":", label=score_label(score) if model == results.models[0] else None)
+            ax.plot(m.index, m, marker="o", ms=4, color={"l1": "C2", "ssim_ens": "C1"}[score], ls=style.get(model, ":"), label=score_label(score) if model == results.models[0] else None)
         ax.set(title=NAMES.get(p, p), xlabel="training step", ylim=(0, None))
     if pathologies: axes[0, 1].set_ylabel("Dice (%)"); axes[0, 1].legend(frameon=False, fontsize=7)
     for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
@@ -254,7 +260,7 @@ def table_dice(results: Results) -> list[list[str]]:
 def table_thresholds(results: Results) -> list[list[str]]:
     "Dice (%) of l1 and SSIM-ens under each threshold rule, AUPRC beside the prevalence, and false positives on healthy test scans."
     cells = [["model", "pathology", "score", "own validation", "carried over from another pathology", "healthy only", "oracle (test itself)", "AUPRC (prevalence)", "healthy FP, mL"]]
-    for (model, p, s), g in results.cases[results.cases.score.isin(["l1", "ssim_ens"]) & (results.cases.pathology != "healthy")].groupby(["model", "pathology", "score"], sort=False):
+    for (model, p, s), g in results.cases[results.cases.score.isin(["l1", "ssim_ens"]) & (results.cases.pathology != "healthy") & ~results.cases.model.isin(results.variants)].groupby(["model", "pathology", "score"], sort=False):
         t = results.rows(model=model, pathology=p, score=s)
         d = (g.groupby("threshold_from").dice.mean() * 100).dropna()
         at = lambda r: f"{d[r]:.1f}" if r in d else ""
@@ -276,9 +282,68 @@ def table_tests(results: Results) -> list[list[str]]:
     return [["model", "pathology", "patients", "SSIM-ens minus l1, Dice points [95 %]", "p (Wilcoxon)", "p (Holm)"],
             *([m, NAMES.get(p, p), str(n), f"{d:+.1f} [{lo:+.1f}, {hi:+.1f}]", f"{q:.3f}", f"{c:.3f}"] for (m, p, n, d, lo, hi, q), c in zip(rows, corrected))]
 
+def variant_effects(results: Results) -> pd.DataFrame:
+    "What each variant changes: rows of label, base, says, pathology, score, n (patients), dice, and its paired difference to the base in Dice with a 95 % bootstrap interval (fractions)."
+    rows, c = [], results.cases[results.cases.score.isin(["l1", "ssim_ens"])]
+    def dice(model, p, score):
+        g = c[(c.model == model) & (c.pathology == p) & (c.score == score)]
+        return per_patient(g[g.threshold_from == headline_rule(g.threshold_from)])
+    for label, v in results.variants.items():
+        for p in results.pathologies:
+            for score in ("l1", "ssim_ens"):
+                pair = pd.concat([dice(label, p, score), dice(v["base"], p, score)], axis=1, join="inner").to_numpy()
+                if not len(pair): continue
+                lo, hi = bootstrap_interval(pair[:, 0] - pair[:, 1])
+                rows.append(dict(label=label, base=v["base"], says=v["says"], pathology=p, score=score, n=len(pair), dice=pair[:, 0].mean(), base_dice=pair[:, 1].mean(), difference=(pair[:, 0] - pair[:, 1]).mean(), lo=lo, hi=hi))
+    return pd.DataFrame(rows)
+
+def table_variants(results: Results) -> list[list[str]]:
+    "What matters: Dice (%) of l1 and SSIM-ens for each variant, with the difference to its base, and the SSIM of its restorations to the input in healthy brain."
+    t, r = variant_effects(results), results.restorations
+    cells = [["variant", "changes", *(f"{NAMES.get(p, p)}, {score_label(s)}" for p in results.pathologies for s in ("l1", "ssim_ens")), "SSIM of restorations"]]
+    quality = lambda m: f"{r[(r.model == m) & (r.split == 'test')].ssim.mean():.3f}"
+    for base in dict.fromkeys(t.base):
+        first = t[t.base == base].drop_duplicates(["pathology", "score"])
+        cells.append([base, "", *(f"{100 * x.iloc[0].base_dice:.1f}" if len(x := first[(first.pathology == p) & (first.score == s)]) else "" for p in results.pathologies for s in ("l1", "ssim_ens")), quality(base)])
+        for label, g in t[t.base == base].groupby("label", sort=False):
+            def cell(p, s):
+                x = g[(g.pathology == p) & (g.score == s)]
+                if not len(x): return ""
+                x = x.iloc[0]
+                return f"{100 * x.dice:.1f} [{100 * x.difference:+.1f}: {100 * x.lo:+.1f}, {100 * x.hi:+.1f}]"
+            cells.append([label.removeprefix(f"{base}, "), g.says.iloc[0], *(cell(p, s) for p in results.pathologies for s in ("l1", "ssim_ens")), quality(label)])
+    return cells
+
+def figure_variants(results: Results, base: str):
+    "Paired differences in Dice of the variants of `base`, l1 and SSIM-ens, with 95 % intervals over patients. Returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    t = variant_effects(results)
+    t = t[t.base == base]
+    labels = list(dict.fromkeys(t.label))
+    fig, axes = plt.subplots(1, len(results.pathologies), figsize=(2.6 + 2.3 * len(results.pathologies), 1 + .34 * len(labels)), sharey=True, squeeze=False, layout="constrained")
+    for ax, p in zip(axes[0], results.pathologies):
+        for k, (score, color) in enumerate((("l1", "C2"), ("ssim_ens", "C1"))):
+            g = t[(t.pathology == p) & (t.score == score)].set_index("label").reindex(labels)
+            y = np.arange(len(labels)) + .16 * (2 * k - 1)
+            ax.errorbar(100 * g.difference, y, xerr=100 * np.clip([g.difference - g.lo, g.hi - g.difference], 0, None), fmt="o", ms=4, lw=1.2, color=color, label=score_label(score))
+        ax.axvline(0, color="0.6", lw=.8); ax.set(title=NAMES.get(p, p), xlabel="Dice points"); ax.grid(axis="y", color="0.93"); ax.set_axisbelow(True); ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(range(len(labels)), [m.removeprefix(f"{base}, ") for m in labels]); axes[0, 0].invert_yaxis()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return fig
+
+def figure_look(x, x_hat, title: str = ""):
+    "Slices (n, H, W), their restorations and the absolute differences, a column each. Returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(3, len(x), figsize=(1.15 * len(x), 3.6), dpi=80, squeeze=False, layout="constrained")
+    for axs, name, images, top in zip(axes, ("input", "restored", "difference"), (x, x_hat, np.abs(np.asarray(x) - x_hat)), (1, 1, .5)):
+        for ax, im in zip(axs, images): ax.imshow(np.asarray(im).T, origin="lower", cmap="gray" if top == 1 else "magma", vmin=0, vmax=top); ax.axis("off")
+        axs[0].set_title(name, fontsize=8, loc="left")
+    fig.suptitle(title, fontsize=9)
+    return fig
+
 def table_restorations(results: Results) -> list[list[str]]:
     "How good the restorations are: on the brain outside lesions against the input; inside lesions against the lesion-free twin, where there is one."
-    t = results.restorations[results.restorations.split == "test"]
+    t = results.restorations[(results.restorations.split == "test") & ~results.restorations.model.isin(results.variants)]
     cells = [["model", "contrast", "test set", "volumes", "l1 (brain)", "SSIM (sigma 1.5)", "l1 to twin in lesion", "share of lesion copied"]]
     for (m, c, p), g in t.groupby(["model", "contrast", "pathology"], sort=False):
         q = g[["l1", "ssim", "l1_lesion", "copied"]].mean()
@@ -295,6 +360,10 @@ th{font-weight:600;border-bottom:2px solid #1b1e23;white-space:normal;vertical-a
 .scroll{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}details{margin:.6rem 0}summary{cursor:pointer}
 pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}
 """
+
+def slug(text: str) -> str:
+    "`text` as a part of a file name."
+    return "-".join(re.findall(r"[\w.]+", text))
 
 def _html_table(cells) -> str:
     head, *body = cells
@@ -320,13 +389,14 @@ def cautions(results: Results) -> list[str]:
     source = results.cohort.info["source"]
     if source == "virtual": notes.append("Virtual cohort: every subject and lesion is made by a computer program. These figures test the method and this software; they say nothing about patients.")
     if source == "real_t1": notes.append("Real scans of a handful of subjects: the semi-synthetic rows are semi-synthetic, the patients a case study. Not comparable with the paper's figures.")
-    for t, curve in zip(results.trainings, results.curves):
+    late = []
+    for t, m, curve in zip(results.trainings, results.labels, results.curves):
         q = t["parameters"]
-        s = results.steps
-        mine = s[(s.model == q["model_config"]["name"]) & (s.contrast == q["contrast"]) & (s.fold == q["fold"])] if len(s) else s
-        r = results.restorations
-        seen = r[(r.model == q["model_config"]["name"]) & (r.contrast == q["contrast"]) & (r.fold == q["fold"])].ssim
-        if signs := undertrained(curve, mine, seen.mean()): notes.append(f"Under-trained: {q['model_config']['name']} on {q['contrast']} (fold {q['fold']}): {' and '.join(signs)}. Blurred restorations hurt SSIM more than l1: train longer before comparing scores.")
+        if m in results.variants: continue
+        here = lambda d: d[(d.model == m) & (d.contrast == q["contrast"]) & (d.fold == q["fold"])] if len(d) else d
+        bottleneck = "latent" in q["model_config"]                        # blurred by nature, however long it is trained
+        if signs := undertrained(curve, here(results.steps), np.nan if bottleneck else here(results.restorations).ssim.mean()): late.append(f"{m} on {q['contrast']} (fold {q['fold']}): {' and '.join(signs)}")
+    if late: notes.append(f"Under-trained: {'; '.join(late[:6])}{f'; and {len(late) - 6} more trainings' if len(late) > 6 else ''}. Blurred restorations hurt SSIM more than l1: train longer before comparing scores.")
     at_chance = [(m, p, s, *t[["auprc_pooled", "prevalence"]].mean()) for m in results.models for p in results.pathologies for s in ("l1", "ssim_ens") if len(t := results.rows(model=m, pathology=p, score=s))]
     at_chance = [f"{score_label(s)} of {m} on {NAMES.get(p, p).lower()} ({a:.3f} at a prevalence of {q:.3f})" for m, p, s, a, q in at_chance if a < 1.5 * q]
     if at_chance: notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times the prevalence): {'; '.join(at_chance)}. Such maps mark most of the brain; a difference between them means nothing.")
@@ -343,24 +413,27 @@ def write_report(results: Results, out_dir):
     "Write report.html, table.csv, cases.csv and figures/*.png to `out_dir`, each file whole or not at all."
     e, out_dir, parts = html.escape, Path(out_dir), []
     figures = out_dir/"figures"
-    train = [t["results"] for t in results.trainings]
     parts.append(f"<h1>{e(results.title)}</h1><p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures "
                  "how the restoration differs. Mean volumetric Dice (%) on the test set, 96×96×50 voxels of 2 mm.</p>")
     parts.append("<div class=note>" + "".join(f"<p>{e(n)}</p>" for n in cautions(results)) + "</div>")
     parts.append("<h2>Dice by score and pathology</h2>" + _html_table(table_dice(results)) + "<p><small>Threshold: the exact optimum on the pathology's own validation set (from another one where it has none), before components. "
                  "Bold: highest of a model on the test set. In brackets: 95 % bootstrap interval over patients. Perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components: what is left of a score without fault. (The median removes small lesions; some blur saves them.)</small></p>")
     parts.append("<h2>SSIM-ens against l1</h2>" + _html_table(table_tests(results)))
-    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys).", figures/f"sigma-{m}.png") for m in results.models))
-    parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.", figures/f"maps-{m}.png") for m in results.models))
+    if results.variants:
+        parts.append("<h2>What matters</h2>" + _html_table(table_variants(results)) + "<p><small>Each line changes one thing of the model above it. Dice (%) of the variant; in brackets the mean paired difference to that model in Dice points, and its 95 % bootstrap interval over patients "
+                     "(not corrected for the number of comparisons). SSIM of restorations: to the input, sigma 1.5, in healthy brain.</small></p>")
+        parts += [_html_figure(figure_variants(results, m), f"What each setting changes in Dice, {m}: paired difference to the base, 95 % intervals over patients.", figures/f"variants-{slug(m)}.png") for m in results.models if m in {v["base"] for v in results.variants.values()}]
+    parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys).", figures/f"sigma-{slug(m)}.png") for m in results.models))
+    parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.", figures/f"maps-{slug(m)}.png") for m in results.models))
     if (fig := figure_alpha(results)) is not None: parts.append("<h2>How subtle may a lesion be?</h2>" + _html_figure(fig, "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible.", figures/"alpha.png"))
     parts.append("<h2>Whose threshold?</h2>" + _html_table(table_thresholds(results)) + "<p><small>Dice (%) under each rule. Oracle: the threshold with the highest Dice over all pooled test voxels, before components; nobody has it in practice. Healthy only: 95 % of healthy validation scans carry at most 1 mL.</small></p>")
     parts.append("<h2>How good are the restorations?</h2>" + _html_table(table_restorations(results)) + "<p><small>Copied: 0, the lesion was healed; 1, it came through as it was.</small></p>")
     parts.append(_html_figure(figure_training(results), "Left: validation loss on fixed slices, steps and noise. Others: Dice of l1 and SSIM-ens on a few test volumes at snapshots of the training, each with its own threshold.", figures/"training.png"))
     parts.append(_html_table([["training", "parameters", "steps", "best step", "validation loss", "volumes", "minutes"],
-                              *([t["label"], f"{r['parameters']:,}", str(r["steps"]), str(r["best_step"]), f"{r['best_val_loss']:.4f}", str(r["train_volumes"]), f"{r['train_seconds'] / 60:.1f}"] for t, r in zip(results.trainings, train))]))
+                              *([t["label"], f"{r['parameters']:,}", str(r["steps"]), str(r["best_step"]), f"{r['best_val_loss']:.4f}", str(r["train_volumes"]), f"{r['train_seconds'] / 60:.1f}"] for t, r in {t["key"]: (t, t["results"]) for t in results.trainings}.values())]))
     lost = results.cohort.info["failed"]
     if lost: parts.append("<h2>Failed subjects</h2><ul>" + "".join(f"<li>{e(f)}</li>" for f in lost) + "</ul>")
-    everything = results.trainings + results.evaluations
+    everything = list({r["key"]: r for r in results.trainings + results.evaluations}.values())
     parts.append("<h2>Where this comes from</h2><details><summary>Settings, versions and times of every run</summary><pre>" + e(json.dumps([{k: r[k] for k in ("label", "key", "parameters", "provenance")} for r in everything], indent=1)) + "</pre></details>")
     p = everything[0]["provenance"]
     parts.append(f"<p><small>uad_study {e(__version__)}, study {e(results.study)}, commit {e(str(p['commit'])[:12])}{' with changes' if p['dirty'] else ''}, torch {e(p['packages'].get('torch', '?'))}, {e(p['device'])}. Research use only: not a medical device.</small></p>")

@@ -53,15 +53,17 @@ class Restored:
     min_voxels: int = 8
 
 def restored_models(results: Results) -> list[Restored]:
-    "The models of a study's results, as `View` reads them. Raises `UadError` when a study has no restorations."
-    models = []
-    for d, t, e in zip(results.train_dirs, results.trainings, results.evaluations):
-        q, volumes = t["parameters"], {}
+    "The models of a study's results, and variants that restore otherwise on the same cohort, as `View` reads them. Raises `UadError` when a study has no restorations."
+    models, first = [], {}
+    for d, t, e, name in zip(results.train_dirs, results.trainings, results.evaluations, results.labels):
+        q, r, volumes = t["parameters"], e["parameters"], {}
+        base = first.setdefault(results.variants[name]["base"] if name in results.variants else name, r)
+        if any(r.get(k) != base.get(k) for k in ("score_config", "cohort_dir")): continue
         for folder in sorted(d.glob("reconstructions-*")):
             v, info = open_reconstructions(folder)
-            if info["step"] == t["results"]["best_step"]: volumes |= v
+            if info["step"] == t["results"]["best_step"] and (info.get("restore") or {}) == (r.get("restore_config") or {}): volumes |= v
         if not volumes: continue
-        name, p = q["model_config"]["name"], results.pooled
+        p = results.pooled
         mine = p[(p.model == name) & (p.contrast == q["contrast"]) & (p.fold == q["fold"])]
         post = {k: v for k, v in e["parameters"].get("score_config", {}).items() if k in ("erode", "median", "min_voxels")}
         rules = {(r.score, r.pathology): {"val": float(r.threshold), "healthy": float(r.healthy_threshold)} for r in mine.itertuples()}
