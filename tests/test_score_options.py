@@ -1,8 +1,11 @@
-"SSIM in slices and inside a mask: against independent implementations, and the properties that every variant must have."
+"Options: SSIM in slices and inside a mask, and components inside the threshold search, against independent implementations; and the properties that every variant must have."
 import itertools, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from scipy.ndimage import gaussian_filter
 from uad_study.core import UadError
+from uad_study.metrics import best_threshold, best_threshold_components, dice
+from uad_study.postprocess import components
 from uad_study.scores import SCORES, SIGMAS, kernel_size, l1_map, score_maps, ssim_ens, ssim_map, ssim_uniform
 
 SIZES = dict(zip(SIGMAS, (3, 5, 5, 7, 9, 11, 11, 13)))
@@ -181,3 +184,52 @@ def test_variances_need_float64():
         return ((2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2) / ((ma * ma + mb * mb + c1) * (aa - ma * ma + bb - mb * mb + c2))).double().numpy()
     exact = naive(torch.float64)
     assert np.abs(naive(torch.float32) - exact).max() > 5e-5 and np.abs(ssim_map(x, y, .3) - exact).max() < 1e-6
+
+def after(volumes, labels, t, least, connectivity=26):
+    "Pooled Dice after removal of components."
+    return dice(np.concatenate([components(v > t, least, connectivity).ravel() for v in volumes]), np.concatenate([l.ravel() for l in labels]))
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(0, 12), st.sampled_from([6, 18, 26]), st.sampled_from(["float16", "float32", "float64"]))
+def test_threshold_with_components_is_the_optimum_where_all_can_be_tried(seed, least, connectivity, dtype):
+    rng = np.random.default_rng(seed)
+    volumes = [np.round(gaussian_filter(rng.normal(size=s), .7) * 20).astype(dtype) for s in ((6, 7, 5), (8, 4, 6))]              # fewer than 48 distinct scores
+    labels = [gaussian_filter(rng.normal(size=v.shape), 1) + .01 * v > .3 for v in volumes]
+    values = np.unique(np.concatenate([v.ravel() for v in volumes]))
+    t, best = best_threshold_components(volumes, labels, least, connectivity=connectivity)
+    if not any(l.any() for l in labels): assert np.isnan(best); return
+    assert len(values) <= 48 and isinstance(t, float) and isinstance(best, float)
+    every = [after(volumes, labels, c, least, connectivity) for c in (values[0] - 1, *values)]
+    assert best == max(every) == after(volumes, labels, t, least, connectivity)
+    assert not (np.array(every)[np.r_[values[0] - 1, values] > t] == best).any()                                                  # of equal optima the highest
+    if least < 2: assert (t, best) == best_threshold(np.concatenate([v.ravel() for v in volumes]), np.concatenate([l.ravel() for l in labels]))
+
+@quick
+@given(seeds, st.sampled_from([.6, 1., 1.5]), st.sampled_from([.3, .6, 1.]))
+def test_threshold_with_components_beats_the_plain_optimum(seed, smooth, contrast):
+    rng = np.random.default_rng(seed)
+    labels = [((np.indices((16, 18, 12)).T - rng.uniform(4, 9, 3)).T**2).sum(0) < rng.uniform(4, 16) for _ in range(2)]
+    volumes = [(gaussian_filter(rng.normal(size=l.shape), smooth) + contrast * l).astype(np.float32) for l in labels]
+    t, best = best_threshold_components(volumes, labels)
+    plain, _ = best_threshold(np.stack(volumes), np.stack(labels))
+    assert best == after(volumes, labels, t, 8) >= after(volumes, labels, plain, 8)
+    assert best >= max(after(volumes, labels, c, 8) for c in np.quantile(volumes, np.linspace(.5, 1, 100))) - .03                # a grid, not exact
+    assert (t, best) == best_threshold_components(volumes, labels)                                                               # deterministic
+    where = [rng.random(v.shape) < .9 for v in volumes]
+    t, best = best_threshold_components([v[w] for v, w in zip(volumes, where)], [l[w] for l, w in zip(labels, where)], where=where)
+    masked, truth = [np.where(w, v, -9) for v, w in zip(volumes, where)], [l & w for l, w in zip(labels, where)]
+    assert best == after(masked, truth, t, 8)                                                                                    # nothing is predicted elsewhere
+
+def test_threshold_with_components_at_its_edges():
+    v, l = np.zeros((5, 6, 4), np.float32), np.zeros((5, 6, 4), bool)
+    assert best_threshold_components([v], [l])[0] == 0 and np.isnan(best_threshold_components([v], [l])[1])                       # no positives
+    l[1:3, 1:3, 1:3] = True
+    t, best = best_threshold_components([v], [l])                                                                                # a constant map: everything
+    assert t < 0 and best == 2 * 8 / (120 + 8)
+    assert best_threshold_components([v, l.astype(np.float32)], [l, l], where=[v > 0, l | True])[1] == 1                          # a volume without any voxel
+    assert best_threshold_components([l.astype(float)], [l], 9)[1] == 2 * 8 / (120 + 8)                                          # the lesion itself is too small: rather everything
+    with pytest.raises(UadError, match="NaN"): best_threshold_components([v * np.nan], [l])
+    with pytest.raises(UadError, match="same grid"): best_threshold_components([v], [l[1:]])
+    with pytest.raises(UadError, match="one of each"): best_threshold_components([v], [])
+    with pytest.raises(UadError, match="no voxels"): best_threshold_components([], [])
+    with pytest.raises(UadError, match="volumes"): best_threshold_components([v.ravel()], [l.ravel()])
