@@ -151,6 +151,11 @@ def test_postprocess_equals_scipy(seed, dtype, erode, median, signed):
     assert ours.dtype == dtype
     np.testing.assert_array_equal(ours, median_filter(score * eroded, size=median))
     np.testing.assert_array_equal(postprocess(np.stack([score, score * 2]), mask, erode, median)[1], ours * 2)
+    first = postprocess(score, mask, erode, median, median_first=True)
+    assert first.dtype == dtype
+    np.testing.assert_array_equal(first, median_filter(score, size=median) * eroded)
+    np.testing.assert_array_equal(postprocess(np.stack([score, score * 2]), mask, erode, median, median_first=True)[1], first * 2)
+    np.testing.assert_array_equal(postprocess(np.stack([score] * 2), np.stack([~mask, mask]), erode, median, median_first=True)[1], first)
 
 @pytest.mark.parametrize("filled", [61, 62, 63, 64])
 def test_postprocess_where_half_the_window_is_zero(filled):

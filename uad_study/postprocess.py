@@ -7,6 +7,7 @@ __all__ = ['erode_mask', 'median3d', 'postprocess', 'components']
 
 # %% ../nbs/21_postprocess.ipynb #e8ad8d30
 import numpy as np
+from itertools import repeat
 from .core import UadError, choice
 
 # %% ../nbs/21_postprocess.ipynb #cd5acfa2
@@ -26,14 +27,14 @@ def erode_mask(brain_mask, erode: int = 3):
     return back(binary_erosion(mask != 0, cross, iterations=int(erode)) if erode else mask != 0)
 
 # %% ../nbs/21_postprocess.ipynb #4b96ff42
-def median3d(volume: np.ndarray, size: int = 5) -> np.ndarray:
-    "Exactly `scipy.ndimage.median_filter(volume, size)` of a (H, W, D) array without NaN, for odd `size`; quick where most of it is 0."
+def median3d(volume: np.ndarray, size: int = 5, where=None) -> np.ndarray:
+    "Exactly `scipy.ndimage.median_filter(volume, size)` of a (H, W, D) array without NaN, for odd `size`; quick where most of it is 0. `where`: bool (H, W, D), 0 elsewhere."
     from numpy.lib.stride_tricks import sliding_window_view
     half, total = size // 2, size**3
     pad = np.pad(volume, half, mode="symmetric")
     filled = (pad != 0).astype(np.int32)
     for axis in range(3): filled = sliding_window_view(filled, size, axis=axis).sum(-1)        # voxels other than 0 in each window
-    at = np.nonzero(filled > total // 2)
+    at = np.nonzero(filled > total // 2 if where is None else (filled > total // 2) & where)
     out, values, cube, step = np.zeros_like(volume), np.empty(len(at[0]), volume.dtype), sliding_window_view(pad, (size,) * 3), max(1, 2**18 // total)
     for i in range(0, len(values), step):
         window = cube[tuple(a[i:i + step] for a in at)].reshape(-1, total)
@@ -43,19 +44,23 @@ def median3d(volume: np.ndarray, size: int = 5) -> np.ndarray:
     return out
 
 # %% ../nbs/21_postprocess.ipynb #e725c963
-def postprocess(score, brain_mask, erode: int = 3, median: int = 5):
+def postprocess(score, brain_mask, erode: int = 3, median: int = 5, *, median_first: bool = False):
     """An anomaly map (..., H, W, D) times the eroded brain mask, then a median filter of `median`^3 voxels; same shape and kind, float32 (float64 stays).
 
     `brain_mask`: (..., H, W, D), or (H, W, D) shared by a stack. `erode`: iterations, 0 for none (see `erode_mask`); `median`: odd edge in voxels, 1 for none. The map
-    equals `scipy.ndimage.median_filter(score * eroded, median)`. Behrendt et al. 2024, section 2.4, in the released code's order. Raises `UadError` on NaN and on shapes that differ."""
+    equals `scipy.ndimage.median_filter(score * eroded, median)`, in the released code's order; with `median_first`, `median_filter(score, median) * eroded`, in that of
+    the paper's text. Behrendt et al. 2024, section 2.4. Raises `UadError` on NaN and on shapes that differ."""
     (s, back), (m, _) = _numpy(score), _numpy(brain_mask)
     if s.ndim < 3 or m.shape not in (s.shape, s.shape[-3:]):
         raise UadError(f"postprocess: map {s.shape} and brain mask {m.shape} differ in shape: give the brain mask of the same volume, on the same grid")
     if median < 1 or median % 2 == 0: raise UadError(f"postprocess: median is {median}: give an odd number of voxels, 1 for no filter")
     s = s.astype(np.float64 if s.dtype == np.float64 else np.float32, copy=False)
     if not np.isfinite(s).all(): raise UadError("postprocess: the map holds NaN or infinite voxels: mend it before filtering")
-    s = s * erode_mask(m, erode)
-    if median > 1: s = np.stack([median3d(v, median) for v in s.reshape(-1, *s.shape[-3:])]).reshape(s.shape)
+    eroded = erode_mask(m, erode)
+    if not median_first or median == 1: s = s * eroded
+    if median > 1 and s.size:
+        where = np.broadcast_to(eroded, s.shape).reshape(-1, *s.shape[-3:]) if median_first else repeat(None)
+        s = np.stack([median3d(v, median, w) for v, w in zip(s.reshape(-1, *s.shape[-3:]), where)]).reshape(s.shape)
     return back(s)
 
 # %% ../nbs/21_postprocess.ipynb #a58bd750

@@ -10,6 +10,7 @@ __all__ = ['SIGMAS', 'SCORES', 'l1_map', 'l2_map', 'kernel_size', 'ssim_map', 's
 import math
 import numpy as np, torch
 from functools import lru_cache, partial
+from itertools import repeat
 from .core import UadError, choice
 
 # %% ../nbs/20_scores.ipynb #7b46797c
@@ -60,10 +61,10 @@ def _band(n: int, sigma: float) -> torch.Tensor:
     at = n - 1 - (n - 1 - (i + t).abs()).abs()                             # reflected at 0, then at n - 1
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, at, (g / g.sum()).expand(n, -1))
 
-def _blur(x, sigma):
-    "`x` (..., H, W, D) blurred along its last three axes."
-    H, W, D = (_band(n, float(sigma)).to(x) for n in x.shape[-3:])
-    x = (x.flatten(0, -2) @ D.T).view(x.shape)
+def _blur(x, sigma, dims=3):
+    "`x` (..., H, W, D) blurred along its last three axes, or with `dims` 2 along H and W."
+    H, W, *D = (_band(n, float(sigma)).to(x) for n in x.shape[-3:][:dims])
+    if D: x = (x.flatten(0, -2) @ D[0].T).view(x.shape)
     return (H @ torch.matmul(W, x).flatten(-2)).view(x.shape)
 
 # %% ../nbs/20_scores.ipynb #cd956039
@@ -73,38 +74,48 @@ def _range(a, b, data_range):
     if not 0 < data_range < math.inf: raise UadError(f"scores: data_range is {data_range}: give a positive number, or None to take each volume's own")
     return float(data_range)
 
-def _ssims(x, x_hat, sigmas, data_range=None):
-    "Yield the SSIM (H, W, D), float64, of one pair of volumes at each sigma. The products of voxels are made once."
+def _ssims(x, x_hat, sigmas, data_range=None, mask=None, dims=3):
+    "Yield the SSIM (H, W, D), float64, of one pair of volumes at each sigma; 1 outside `mask`. The products of voxels are made once."
     a, b = x.double(), x_hat.double()
-    L = _range(a, b, data_range)
+    L, outside = _range(a, b, data_range), None if mask is None else ~mask
     if L == 0:
-        same = (a == b).double()
+        same = (a == b) if mask is None else (a == b) | outside
         for s in sigmas:
-            for n in a.shape: _band(n, float(s))                               # refuses what is too small for sigma
-            yield torch.where(same > 0, 1., 2 * a * b / (a * a + b * b))
+            for n in a.shape[:dims]: _band(n, float(s))                        # refuses what is too small for sigma
+            yield torch.where(same, 1., 2 * a * b / (a * a + b * b))
         return
     c1, c2 = 2 * (0.01 * L)**2, 2 * (0.03 * L)**2                                  # doubled, as all the terms below
     a, b = a + b, a - b
-    moments = torch.stack([a, b, a * a, b * b])
+    if mask is not None: a, b = a.masked_fill(outside, 0), b.masked_fill(outside, 0)
+    moments = torch.stack([a, b, a * a, b * b] + ([] if mask is None else [mask.double()]))
     for s in sigmas:
-        ma, mb, va, vb = _blur(moments, s)
+        ma, mb, va, vb, *weight = _blur(moments, s, dims)
+        if weight: ma, mb, va, vb = (m / weight[0].masked_fill(outside, 1) for m in (ma, mb, va, vb))      # inside, a voxel's own weight is above 0
         ma, mb = ma * ma, mb * mb
         va, vb = (va - ma).clamp_(min=0), (vb - mb).clamp_(min=0)
-        yield (ma - mb + c1) * (va - vb + c2) / ((ma + mb + c1) * (va + vb + c2))
+        ssim = (ma - mb + c1) * (va - vb + c2) / ((ma + mb + c1) * (va + vb + c2))
+        yield ssim if mask is None else ssim.masked_fill_(outside, 1)
 
-def _each_volume(x, x_hat, f):
-    "Apply `f(volume, volume) -> dict of maps` to each volume of (..., H, W, D) and stack: dict of maps of the input's kind and shape."
+def _each_volume(x, x_hat, f, mask=None, dims=3):
+    "Apply `f(volume, volume, mask or None) -> dict of maps` to each volume of (..., H, W, D) and stack: dict of maps of the input's kind and shape."
     a, b, back = _pair(x, x_hat)
-    volumes = zip(*(t.reshape(-1, *t.shape[-3:]) for t in (a, b)))
-    maps = [{k: m.to(a.dtype) for k, m in f(*pair).items()} for pair in volumes]
+    if dims not in (2, 3): raise UadError(f"scores: dims is {dims!r}: give 3 for a window in the volume, or 2 for one in each axial slice")
+    masks = repeat(None)
+    if mask is not None:
+        m = (mask != 0 if isinstance(mask, torch.Tensor) else torch.from_numpy(np.asarray(mask) != 0)).to(a.device)
+        if m.shape not in (a.shape, a.shape[-3:]): raise UadError(f"scores: images {tuple(a.shape)} and mask {tuple(m.shape)} differ in shape: give the brain mask of the same volume, (H, W, D) or one for each")
+        masks = m.expand(a.shape).reshape(-1, *a.shape[-3:])
+    volumes = zip(*(t.reshape(-1, *t.shape[-3:]) for t in (a, b)), masks)
+    maps = [{k: m.to(a.dtype) for k, m in f(*triple).items()} for triple in volumes]
     return {k: back(torch.stack([m[k] for m in maps]).view(a.shape)) for k in maps[0]}
 
-def ssim_map(x, x_hat, sigma: float, data_range: float | None = None):
+def ssim_map(x, x_hat, sigma: float, data_range: float | None = None, *, mask=None, dims: int = 3):
     """SSIM, a similarity (1 = equal), (..., H, W, D), in a 3-D Gaussian window of `sigma` voxels. Wang et al. 2004, eq. 13.
 
-    `data_range`: L of the constants; None: per volume, the larger of the two ranges. Two constant volumes: 2 x x_hat / (x^2 + x_hat^2), and 1 where equal.
-    Raises `UadError` on NaN, on shapes that differ, and on axes of `kernel_size(sigma) // 2` voxels or fewer."""
-    return _each_volume(x, x_hat, lambda a, b: {0: next(_ssims(a, b, [sigma], data_range))})[0]
+    `data_range`: L of the constants; None: per volume, the larger of the two ranges (of all voxels, `mask` or not). Two constant volumes: 2 x x_hat / (x^2 + x_hat^2), and 1 where equal.
+    `mask`: bool (..., H, W, D), or (H, W, D) for all; moments are then of the voxels inside alone, and SSIM is 1 outside. `dims`: 2 for a window in each axial slice (H, W).
+    Raises `UadError` on NaN, on shapes that differ, on other `dims`, and on axes of `kernel_size(sigma) // 2` voxels or fewer (with `dims` 2: H and W)."""
+    return _each_volume(x, x_hat, lambda a, b, m: {0: next(_ssims(a, b, [sigma], data_range, m, dims))}, mask, dims)[0]
 
 # %% ../nbs/20_scores.ipynb #e6a9dff0
 def _ensembles(ssims):
@@ -115,17 +126,17 @@ def _ensembles(ssims):
         top, bottom, total, n = top + e * s, bottom + e, total + s, n + 1
     return {"ssim_ens": 1 - top / bottom, "ssim_uniform": 1 - total / n}
 
-def ssim_ens(x, x_hat, sigmas=SIGMAS, data_range: float | None = None):
-    "SSIM-ens, an anomaly map (..., H, W, D): 1 - sum_i w_i SSIM_i with w = softmax(-SSIM) over `sigmas`, per voxel. Behrendt et al. 2024, eq. 4. Errors as `ssim_map`."
-    return _ensemble("ssim_ens", x, x_hat, sigmas, data_range)
+def ssim_ens(x, x_hat, sigmas=SIGMAS, data_range: float | None = None, *, mask=None, dims: int = 3):
+    "SSIM-ens, an anomaly map (..., H, W, D): 1 - sum_i w_i SSIM_i with w = softmax(-SSIM) over `sigmas`, per voxel. Behrendt et al. 2024, eq. 4. Options and errors as `ssim_map`."
+    return _ensemble("ssim_ens", x, x_hat, sigmas, data_range, mask, dims)
 
-def ssim_uniform(x, x_hat, sigmas=SIGMAS, data_range: float | None = None):
+def ssim_uniform(x, x_hat, sigmas=SIGMAS, data_range: float | None = None, *, mask=None, dims: int = 3):
     "Like `ssim_ens` with equal weights: 1 - mean_i SSIM_i."
-    return _ensemble("ssim_uniform", x, x_hat, sigmas, data_range)
+    return _ensemble("ssim_uniform", x, x_hat, sigmas, data_range, mask, dims)
 
-def _ensemble(name, x, x_hat, sigmas, data_range):
+def _ensemble(name, x, x_hat, sigmas, data_range, mask, dims):
     if not len(sigmas): raise UadError("scores: the ensemble has no sigmas: give at least one")
-    return _each_volume(x, x_hat, lambda a, b: {name: _ensembles(_ssims(a, b, sigmas, data_range))[name]})[name]
+    return _each_volume(x, x_hat, lambda a, b, m: {name: _ensembles(_ssims(a, b, sigmas, data_range, m, dims))[name]}, mask, dims)[name]
 
 # %% ../nbs/20_scores.ipynb #fdd34f73
 _PLAIN = {"intensity": lambda a, b: a, "intensity_dark": lambda a, b: 1 - a, "l1": lambda a, b: (a - b).abs(), "l2": lambda a, b: (a - b).square()}
@@ -140,19 +151,21 @@ def check_score(name: str) -> str:
     "`name`, if it is a score's: one of `SCORES`, or 'ssim_S' for any sigma S in voxels. Else raises a `UadError` with the nearest known name."
     return name if _sigma_of(name) else choice(name, SCORES, "scores.names")
 
-def score_maps(x, x_hat, names, data_range: float | None = None) -> dict:
-    "Anomaly maps (..., H, W, D) of the scores `names`, a dict in their order. SSIM is computed once per sigma, however many single scores and ensembles use it."
+def score_maps(x, x_hat, names, data_range: float | None = None, *, mask=None, dims: int = 3) -> dict:
+    """Anomaly maps (..., H, W, D) of the scores `names`, a dict in their order. SSIM is computed once per sigma, however many single scores and ensembles use it.
+
+    `data_range`, `mask`, `dims`: of the SSIM scores, as in `ssim_map`; the others do not look at them."""
     names = list(dict.fromkeys(check_score(n) for n in names))
     singles, ensembles = {n: s for n in names if (s := _sigma_of(n))}, [n for n in names if n in ("ssim_ens", "ssim_uniform")]
     sigmas = sorted({*singles.values(), *(SIGMAS if ensembles else ())})
-    def one(a, b):
-        ssim = dict(zip(sigmas, _ssims(a, b, sigmas, data_range)))
+    def one(a, b, m):
+        ssim = dict(zip(sigmas, _ssims(a, b, sigmas, data_range, m, dims)))
         maps = {n: f(a, b) for n, f in _PLAIN.items() if n in names} | {n: 1 - ssim[s] for n, s in singles.items()}
         if ensembles: maps |= _ensembles(ssim[s] for s in SIGMAS)
         return {n: maps[n] for n in names}
-    return _each_volume(x, x_hat, one) if names else {}
+    return _each_volume(x, x_hat, one, mask, dims) if names else {}
 
-def _score(x, x_hat, name): return score_maps(x, x_hat, (name,))[name]
+def _score(x, x_hat, name, **kw): return score_maps(x, x_hat, (name,), **kw)[name]
 
 # functions (x, x_hat) -> anomaly map, by name
 SCORES = {n: partial(_score, name=n) for n in (*_PLAIN, *(f"ssim_{s:g}" for s in SIGMAS), "ssim_ens", "ssim_uniform")}
