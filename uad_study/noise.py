@@ -54,24 +54,29 @@ def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, freq
     """`n` independent fields of OpenSimplex-2D octaves, (n, 1, H, W) float32, mean 0 and std about 0.58 (defaults; not normalised).
 
     `size`: H = W, or (H, W), in pixels. `frequency`: pixels per cell of the first octave, halved each octave; `persistence`: ratio of their amplitudes. Drawn on the
-    generator's device, returned on `device` (default: the generator's). `anchored`: every field is exactly 0 at pixel (0, 0), as in the released code of
-    Behrendt et al. 2024. Noise: Spencer 2014 (OpenSimplex); octaves: Wyatt et al. 2022. Raises `UadError` on impossible settings."""
+    generator's device, returned on `device` (default: the generator's). `anchored`: one lattice for all octaves of a field, its origin at pixel (0, 0), where each is
+    exactly 0, as in the released code of Behrendt et al. 2024. Noise: Spencer 2014 (OpenSimplex); octaves: Wyatt et al. 2022. Raises `UadError` on impossible settings."""
     (H, W), (generator, device) = _size(size), _devices(generator, device)
     if n < 0 or H < 1 or W < 1: raise UadError(f"noise size: cannot make {n} fields of {H} x {W} pixels: give positive numbers")
     if octaves < 1 or not frequency > 0: raise UadError(f"noise: octaves is {octaves} and frequency is {frequency}: both must be positive")
     if max(H, W) * 2**(octaves - 1) / frequency > 2048:
         raise UadError(f"noise: the last of {octaves} octaves has cells of {frequency / 2**(octaves - 1):.2g} pixels: take fewer octaves or a larger frequency")
     new = dict(generator=generator, device=generator.device)
-    total = torch.zeros(n, H, W, device=device, dtype=torch.float32)
-    for o in range(octaves):
+    total, table = torch.zeros(n, H, W, device=device, dtype=torch.float32), None
+    for o in reversed(range(octaves)) if anchored else range(octaves):
         cell = frequency / 2**o
         x = torch.arange(H, device=device, dtype=torch.float32)[:, None] / cell
         y = torch.arange(W, device=device, dtype=torch.float32) / cell
         uv, ends = ((1 - _K) * x - _K * y, (1 - _K) * y - _K * x), ((-_K * (W - 1), (1 - _K) * (H - 1)), (-_K * (H - 1), (1 - _K) * (W - 1)))
         low = [math.floor(a / cell) - 2 for a, _ in ends]                            # lattice vertices that can reach the image, with room for the offset
-        pick = torch.randint(8, (n, *(math.ceil(b / cell) - l + 5 for (_, b), l in zip(ends, low))), **new).to(device)
-        offset = torch.zeros(2, n, 1, 1, device=device, dtype=torch.float32) if anchored else torch.rand(2, n, 1, 1, **new, dtype=torch.float32).to(device)
-        total.add_(_simplex2(*(a + d - l for a, d, l in zip(uv, offset, low)), pick), alpha=persistence**o)
+        shape = [math.ceil(b / cell) - l + 5 for (_, b), l in zip(ends, low)]
+        if anchored:                                                                 # the finest octave's lattice holds the others'
+            if table is None: table, origin = torch.randint(8, (n, *shape), **new).to(device), low
+            (i, j), offset = (l - k for l, k in zip(low, origin)), (0, 0)
+            pick = table[:, i:i + shape[0], j:j + shape[1]].contiguous()
+        else:
+            pick, offset = torch.randint(8, (n, *shape), **new).to(device), torch.rand(2, n, 1, 1, **new, dtype=torch.float32).to(device)
+        total.add_(_simplex2(*((a + d - l).expand(n, -1, -1) for a, d, l in zip(uv, offset, low)), pick), alpha=persistence**o)
     return total[:, None]
 
 # %% ../nbs/30_noise.ipynb #c8ccdf33
