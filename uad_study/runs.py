@@ -111,7 +111,7 @@ def read_study(study) -> Study:
         e = _entry("", {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
         changed = [(f"{k}.{n}", getattr(entries[base], k).get(n), new) for k in PARTS for n, new in getattr(e, k).items() if getattr(entries[base], k).get(n) != new]
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
-        label = f"{base}, {v.get('label', ', '.join(f'{n} {new}' for n, _, new in changed))}"
+        label = f"{base}, " + str(v.get("label") or ", ".join(f"{n.partition('.')[2]} {new}" for n, _, new in changed))
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
         entries[label] = replace(e, label=label, base=base, says="; ".join(f"{n} {old} → {new}" for n, old, new in changed))
     return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(data), _plain(prepare), tuple(entries.values()), _plain(report), engine)
