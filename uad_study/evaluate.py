@@ -141,8 +141,8 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
     model, info = load_model(train_dir/"best.pt", device)
     name, names, table = label or model.config.name, config.names_for(contrast), cohort.table
     if not len(rows["test"]): raise UadError(f"{cohort.folder}: has no {contrast} volumes in split 'test' of fold {fold}")
-    restore = lambda rs, file: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}")))
-    x_hat = restore(np.concatenate([rows["val"], rows["test"]]), train_dir/"best.pt")
+    restored = lambda rs, file: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}")))
+    x_hat = restored(np.concatenate([rows["val"], rows["test"]]), train_dir/"best.pt")
     cases, pooled = judge(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), names, config, folder/"maps", name, tick)
     if perfect:
         more = judge(cohort, contrast, fold, lambda r: maps_of_truth(cohort, r, config), perfect_names(), config, folder/"perfect", "perfect map", tick)
@@ -155,7 +155,7 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
     steps = []
     if len(few["val"]) and len(few["test"]):
         for step, file in (snapshots | {info["step"]: None}).items():
-            some = restore(np.concatenate([few["val"], few["test"]]), file) if file else x_hat
+            some = restored(np.concatenate([few["val"], few["test"]]), file) if file else x_hat
             t, _ = judge(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, some[r], pair, config), pair, config, folder/f"step-{step}", name, tick, few)
             quality = pd.DataFrame([restoration_quality(cohort, r, some[r]) for r in few["test"]]).mean()
             for (pathology, score), g in t[t.threshold_from == "val"].groupby(["pathology", "score"]):
