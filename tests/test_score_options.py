@@ -233,3 +233,30 @@ def test_threshold_with_components_at_its_edges():
     with pytest.raises(UadError, match="one of each"): best_threshold_components([v], [])
     with pytest.raises(UadError, match="no voxels"): best_threshold_components([], [])
     with pytest.raises(UadError, match="volumes"): best_threshold_components([v.ravel()], [l.ravel()])
+
+@pytest.mark.parametrize("kw", [{}, dict(median_first=True), dict(masked=True), dict(kernel_dims=2, masked=True, median_first=True), dict(median=1, erode=0, median_first=True)], ids=str)
+def test_region_holds_all_that_a_map_can_be(kw):
+    from types import SimpleNamespace
+    from uad_study.core import from_dict
+    from uad_study.evaluate import ScoreConfig, maps_of_reconstruction, maps_of_truth, perfect_names, region
+    from uad_study.postprocess import postprocess
+    x, y, _ = pair(shape=(20, 22, 12), dtype=np.float32)
+    brain = ((np.indices(x.shape).T - (10, 11, 6)).T**2).sum(0) < 70
+    lesion = (np.indices(x.shape)[0] > 12) & (np.abs(np.indices(x.shape)[1] - 11) < 4)                                            # reaches beyond the brain mask
+    cohort = SimpleNamespace(images=x[None], brain_masks=brain[None], lesion_masks=lesion[None], ignore_masks=np.zeros_like(brain)[None])
+    config, names = from_dict(ScoreConfig, dict(kw, names=["l1", "ssim_0.9", "ssim_ens"]), "scores"), ("l1", "ssim_0.9", "ssim_ens")
+    inside = region(cohort, 0, config)
+    maps, plain = maps_of_reconstruction(cohort, 0, y, names, config), score_maps(x, y, names, mask=brain if config.masked else None, dims=config.kernel_dims)
+    for n, m in zip(names, maps):
+        whole = postprocess(plain[n], brain, config.erode, config.median, median_first=config.median_first)
+        assert not whole[~inside].any() and whole.any()
+        np.testing.assert_array_equal(whole[inside], m)
+    assert maps_of_truth(cohort, 0, config).shape == (len(perfect_names()), inside.sum())
+
+@pytest.mark.parametrize("kw, error", [(dict(kernel_dims=1), "kernel_dims is 1"), (dict(min_voxels=-1), "min_voxels"), (dict(masked="no"), "masked"), (dict(median_first="no"), "median_first"),
+                                       (dict(components_in_search="yes"), "components_in_search")])
+def test_wrong_settings_are_refused(kw, error):
+    from uad_study.core import from_dict
+    from uad_study.evaluate import ScoreConfig
+    with pytest.raises(UadError, match=error): ScoreConfig(**kw)
+    with pytest.raises(UadError, match=error): from_dict(ScoreConfig, kw, "scores")

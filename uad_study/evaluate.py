@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import UadError, atomic_file
 from .cohort import Cohort, patients
+from .metrics import auprc, best_threshold, best_threshold_components, dice, perfect_maps, volume_threshold
 from .models import RestoreConfig
-from .metrics import auprc, best_threshold, dice, perfect_maps, volume_threshold
 from .postprocess import components, postprocess
 from .reconstruct import reconstruct_cohort
 from .scores import SIGMAS, check_score, score_maps, ssim_map
@@ -30,12 +30,19 @@ class ScoreConfig:
     min_voxels: int = 8              # smaller components are removed from the prediction (released code: 7 or fewer)
     healthy_share: float = 0.95      # lesion-free threshold: this share of healthy validation scans ...
     healthy_ml: float = 1.0          # ... carries at most this volume, mL
+    kernel_dims: int = 3             # SSIM's window: 3 in the volume (released code; the paper does not say), 2 in each axial slice
+    masked: bool = False             # True: SSIM's moments are of voxels in the brain mask alone; False: of all, and the mask is applied afterwards (released code)
+    median_first: bool = False       # True: median, then erosion (the order of the paper's text); False: erosion, then median (released code)
+    components_in_search: bool = False   # True: thresholds are the best after removal of small components; False: before (released code; the paper does not say)
 
     def __post_init__(self):
         for n in self.names: check_score(n)
         if not self.names or len(set(self.names)) < len(self.names): raise UadError(f"scores.names: {', '.join(self.names) or 'empty'}: name at least one score, and each once")
         if not 0 < self.healthy_share <= 1 or self.healthy_ml < 0: raise UadError("scores: healthy_share must lie above 0 and up to 1, and healthy_ml be 0 or more")
-        if self.erode < 0 or self.median < 1 or self.median % 2 == 0: raise UadError("scores: erode must be 0 or more, and median odd")
+        if self.erode < 0 or self.median < 1 or self.median % 2 == 0 or self.min_voxels < 0: raise UadError("scores: erode and min_voxels must be 0 or more, and median odd")
+        if self.kernel_dims not in (2, 3): raise UadError(f"scores.kernel_dims is {self.kernel_dims}: give 3 for SSIM in the volume, or 2 for SSIM in axial slices")
+        for n in ("masked", "median_first", "components_in_search"):
+            if not isinstance(getattr(self, n), bool): raise UadError(f"scores.{n} is {getattr(self, n)!r}: give true or false")
 
     def names_for(self, contrast: str) -> tuple[str, ...]:
         "The scores of a contrast: on T1w, where lesions are dark, plain intensity is also tried upside down."
@@ -51,14 +58,18 @@ def region(cohort: Cohort, row: int, config: ScoreConfig) -> np.ndarray:
 def maps_of_reconstruction(cohort: Cohort, row: int, x_hat, names, config: ScoreConfig) -> np.ndarray:
     "The post-processed maps of one volume for the scores `names`, in its `region`: (len(names), M) float32."
     x, mask, inside = np.asarray(cohort.images[row]), np.asarray(cohort.brain_masks[row]), region(cohort, row, config)
-    maps = score_maps(x, np.asarray(x_hat), names)
-    return np.stack([np.asarray(postprocess(maps[n], mask, config.erode, config.median), np.float32)[inside] for n in names])
+    maps = score_maps(x, np.asarray(x_hat), names, mask=mask if config.masked else None, dims=config.kernel_dims)
+    return _processed((maps[n] for n in names), mask, inside, config)
+
+def _processed(maps, mask, inside, config):
+    "Post-processed `maps` in the voxels `inside`: (maps, M) float32."
+    return np.stack([np.asarray(postprocess(m, mask, config.erode, config.median, median_first=config.median_first), np.float32)[inside] for m in maps])
 
 # %% ../nbs/40_evaluate.ipynb #fba5c0f7
 def maps_of_truth(cohort: Cohort, row: int, config: ScoreConfig, sigmas=SIGMAS) -> np.ndarray:
     "Like `maps_of_reconstruction`, for the truth and the truth blurred at each sigma (names: `perfect_names`)."
     mask, lesion, inside = np.asarray(cohort.brain_masks[row]), np.asarray(cohort.lesion_masks[row]), region(cohort, row, config)
-    return np.stack([np.asarray(postprocess(np.asarray(m, np.float32), mask, config.erode, config.median), np.float32)[inside] for m in perfect_maps(lesion, sigmas).values()])
+    return _processed((np.asarray(m, np.float32) for m in perfect_maps(lesion, sigmas).values()), mask, inside, config)
 
 def perfect_names(sigmas=SIGMAS) -> tuple[str, ...]:
     "The scores of `maps_of_truth`."
@@ -69,8 +80,8 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
     """Judge the scores `names` of one model on all volumes of a contrast. `maps_of(row)` gives post-processed maps (len(names), M) in the `region` of a row.
 
     Returns (cases, pooled): a row per test case, score and threshold rule; and a row per pathology and score with thresholds, pooled AUPRC and prevalence.
-    `work` is a folder for the maps; what is there already is not made again. Components are outside the threshold search. `rows` ({'val', 'test'}: row
-    numbers) narrows the volumes."""
+    `work` is a folder for the maps; what is there already is not made again. Components are outside the threshold search, unless `config.components_in_search`; val_dice and
+    oracle_pooled_dice are what the search maximised. `rows` ({'val', 'test'}: row numbers) narrows the volumes."""
     rows = rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}
     table, everything, work, who = cohort.table, np.concatenate([rows["val"], rows["test"]]), Path(work), patients(cohort.table)
     for i, r in enumerate(everything):
@@ -85,7 +96,9 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
     for k, name in enumerate(names):
         maps = {r: np.array(np.load(work/f"{r}.npy", mmap_mode="r")[k]) for r in everything}          # a copy: no file stays open
         join = lambda rs: (np.concatenate([maps[r] for r in rs]), np.concatenate([truth[r] for r in rs]))
-        own = {p: best_threshold(*join(rs)) for p, rs in val.items() if p != "healthy" and any(truth[r].any() for r in rs)}
+        best_of = lambda rs: (best_threshold_components([maps[r] for r in rs], [truth[r] for r in rs], config.min_voxels, [inside[r] for r in rs]) if config.components_in_search
+                              else best_threshold(*join(rs)))
+        own = {p: best_of(rs) for p, rs in val.items() if p != "healthy" and any(truth[r].any() for r in rs)}
         healthy = volume_threshold([maps[r] for r in val.get("healthy", [])], None, VOXEL_ML, config.healthy_ml, config.healthy_share) if val.get("healthy") else np.nan
         for p, rs in test.items():
             rules = {f"val:{q}": t for q, (t, _) in own.items() if q != p}
@@ -93,7 +106,7 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
             if np.isfinite(healthy): rules["healthy"] = healthy
             if p != "healthy":
                 scores, labels = join(rs)
-                rules["oracle"], best = best_threshold(scores, labels)
+                rules["oracle"], best = best_of(rs)
                 pooled.append(dict(model=model, contrast=contrast, pathology=p, fold=fold, score=name, threshold=own.get(p, (np.nan, np.nan))[0], val_dice=own.get(p, (np.nan, np.nan))[1],
                                    oracle_threshold=rules["oracle"], oracle_pooled_dice=best, healthy_threshold=healthy, auprc_pooled=auprc(scores, labels), prevalence=labels.mean(),
                                    n_val=len({who[r] for r in val.get(p, [])}), n_test=len({who[r] for r in rs})))
