@@ -95,7 +95,7 @@ def test_a_perfect_denoiser_restores_exactly(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_chain_with_the_true_image_keeps_the_noise_level_and_kind(schedule):
     "On its way every x_s must look like one noised directly: mean sqrt(a) x0, covariance that of the field times 1 - a, simplex noise too."
-    n, x0, g, seen = 1500, torch.linspace(-1, 1, 8).expand(1500, 1, 8, 8), seeded(2), {}
+    n, x0, g, seen = 1000, torch.linspace(-1, 1, 8).expand(1000, 1, 8, 8), seeded(2), {}
     def spy(x, at): seen[int(at[0])] = x.clone(); return x0
     restore_ancestral(spy, x0, 400, lambda: simplex_noise(n, 8, octaves=2, frequency=8, generator=g), schedule)
     field = simplex_noise(4 * n, 8, octaves=2, frequency=8, generator=g)
