@@ -179,7 +179,8 @@ def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.
         train, e = next((d, e) for d, m, e in zip(results.train_dirs, results.labels, results.evaluations) if e["parameters"]["contrast"] == contrast and m == model)
         x, x_hat, lesion = np.asarray(c.images[r]), np.asarray(reconstruction_of(train, r, e["parameters"].get("restore_config"))), np.asarray(c.lesion_masks[r])
         z, inside = int(lesion.sum((0, 1)).argmax()), np.asarray(c.brain_masks[r])
-        maps = score_maps(x, x_hat, columns[2:-1])
+        how = e["parameters"].get("score_config", {})
+        maps = score_maps(x, x_hat, columns[2:-1], mask=inside if how.get("masked") else None, dims=how.get("kernel_dims", 3))
         for ax, name in zip(axs, columns):
             m = {"input": x, "reconstruction": x_hat, "truth": lesion}.get(name)
             if m is None:
@@ -326,6 +327,7 @@ def figure_variants(results: Results, base: str):
             g = t[(t.pathology == p) & (t.score == score)].set_index("label").reindex(labels)
             y = np.arange(len(labels)) + .16 * (2 * k - 1)
             ax.errorbar(100 * g.difference, y, xerr=100 * np.clip([g.difference - g.lo, g.hi - g.difference], 0, None), fmt="o", ms=4, lw=1.2, color=color, label=score_label(score))
+        left, right = ax.get_xlim(); ax.set_xlim(min(left, -1), max(right, 1))
         ax.axvline(0, color="0.6", lw=.8); ax.set(title=NAMES.get(p, p), xlabel="Dice points"); ax.grid(axis="y", color="0.93"); ax.set_axisbelow(True); ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(range(len(labels)), [m.removeprefix(f"{base}, ") for m in labels]); axes[0, 0].invert_yaxis()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)

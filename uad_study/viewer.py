@@ -51,6 +51,9 @@ class Restored:
     erode: int = 3
     median: int = 5
     min_voxels: int = 8
+    median_first: bool = False
+    kernel_dims: int = 3
+    masked: bool = False
 
 def restored_models(results: Results) -> list[Restored]:
     "The models of a study's results, and variants that restore otherwise on the same cohort, as `View` reads them. Raises `UadError` when a study has no restorations."
@@ -65,7 +68,7 @@ def restored_models(results: Results) -> list[Restored]:
         if not volumes: continue
         p = results.pooled
         mine = p[(p.model == name) & (p.contrast == q["contrast"]) & (p.fold == q["fold"])]
-        post = {k: v for k, v in e["parameters"].get("score_config", {}).items() if k in ("erode", "median", "min_voxels")}
+        post = {k: v for k, v in e["parameters"].get("score_config", {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked")}
         rules = {(r.score, r.pathology): {"val": float(r.threshold), "healthy": float(r.healthy_threshold)} for r in mine.itertuples()}
         models.append(Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, rules, **post))
     if not models: raise UadError(f"{results.cohort.folder.parent.parent}: holds no restorations: run the study to its end")
@@ -108,10 +111,10 @@ class View:
         "The anomaly map (high = suspicious), (H, W, D) float32, 0 outside the brain; post-processed where the state says so."
         sigma = s.sigma if s.score == "ssim" else None
         def make():
-            x, x_hat, mask, _ = self.case(s)
-            raw = 1 - ssim_map(x, x_hat, sigma) if s.score == "ssim" else score_maps(x, x_hat, [s.score])[s.score]
-            m = self.models[s.model]
-            return np.asarray(postprocess(raw, mask, m.erode, m.median) if s.post else raw * mask, np.float32)
+            (x, x_hat, mask, _), m = self.case(s), self.models[s.model]
+            how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
+            raw = 1 - ssim_map(x, x_hat, sigma, **how) if s.score == "ssim" else score_maps(x, x_hat, [s.score], **how)[s.score]
+            return np.asarray(postprocess(raw, mask, m.erode, m.median, median_first=m.median_first) if s.post else raw * mask, np.float32)
         return self._memo((s.model, s.row, s.score, sigma, s.post), make)
 
     def threshold(self, s: ViewState) -> float:
