@@ -97,10 +97,10 @@ def test_a_chain_with_the_true_image_keeps_the_noise_level_and_kind(schedule):
     "On its way every x_s must look like one noised directly: mean sqrt(a) x0, covariance that of the field times 1 - a, simplex noise too."
     n, x0, g, seen = 1000, torch.linspace(-1, 1, 8).expand(1000, 1, 8, 8), seeded(2), {}
     def spy(x, at): seen[int(at[0])] = x.clone(); return x0
-    restore_ancestral(spy, x0, 400, lambda: simplex_noise(n, 8, octaves=2, frequency=8, generator=g), schedule)
+    restore_ancestral(spy, x0, 200, lambda: simplex_noise(n, 8, octaves=2, frequency=8, generator=g), schedule)
     field = simplex_noise(4 * n, 8, octaves=2, frequency=8, generator=g)
     neighbour = lambda f: float((f[..., 1:] * f[..., :-1]).mean() / f.square().mean())
-    for s in (399, 250, 90, 10, 0):
+    for s in (199, 120, 50, 10, 0):
         a = alpha_bars(schedule)[s]
         rest = (seen[s] - a.sqrt() * x0) / (1 - a).sqrt()
         assert abs(float(rest.mean())) < .03 and float(rest.std()) == pytest.approx(simplex_std(2), rel=.03)
@@ -184,13 +184,13 @@ def spectrum(f):
 def correlation(f, lag): return float(((f[:, lag:] * f[:, :-lag]).mean() + (f[..., lag:] * f[..., :-lag]).mean()) / 2 / (f * f).mean())
 
 @pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("n, size, octaves, frequency", [(60, 48, 5, 32), pytest.param(100, 96, 6, 64, marks=pytest.mark.slow)], ids=["half-size", "as-used"])
+@pytest.mark.parametrize("n, size, octaves, frequency", [(40, 48, 5, 32), pytest.param(100, 96, 6, 64, marks=pytest.mark.slow)], ids=["half-size", "as-used"])
 def test_octave_sums_have_the_statistics_of_opensimplex(n, size, octaves, frequency, anchored):
     "Std, quantiles, kurtosis, radial spectrum and autocorrelation of the sum of octaves; the field is 1.5 of the largest cells wide, the finest cell 2 pixels, as in the paper's noise."
     theirs = package_sums(n, size, octaves, frequency, anchored)
-    ours = simplex_noise(1500, size, octaves, .8, frequency, generator=seeded(), anchored=anchored)[:, 0].numpy()
+    ours = torch.cat([simplex_noise(50, size, octaves, .8, frequency, generator=seeded(s), anchored=anchored) for s in range(20)])[:, 0].numpy()
     assert abs(ours.mean()) < .02 and theirs.std() == pytest.approx(ours.std(), rel=.06)
-    if not anchored: assert ours.std() == pytest.approx(simplex_std(octaves, .8), rel=.01)
+    if not anchored: assert ours.std() == pytest.approx(simplex_std(octaves, .8), rel=.02)
     np.testing.assert_allclose(np.quantile(ours, (.01, .05, .25, .5, .75, .95, .99)), np.quantile(theirs, (.01, .05, .25, .5, .75, .95, .99)), atol=.09)
     kurtosis = [(f**4).mean() / (f**2).mean()**2 for f in (theirs, ours)]
     assert kurtosis[0] == pytest.approx(kurtosis[1], abs=.15) and kurtosis[1] < 2.9                       # flatter than a Gaussian's 3
