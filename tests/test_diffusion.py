@@ -144,13 +144,13 @@ def test_chain_variance_follows_its_recursion(schedule):
 def test_a_step_outside_the_schedule_is_refused(t):
     x, never = torch.zeros(1, 1, 4, 4), lambda x, t: pytest.fail("the network was called")
     for f in (lambda: restore_one_step(never, x, t, x), lambda: restore_ancestral(never, x, t, lambda: x), lambda: restore_ddim(never, x, t, x, 1)):
-        with pytest.raises(UadError, match=r"model.t_test: -?\d+ is outside the schedule: choose 0 to 999"): f()
+        with pytest.raises(UadError, match=r"restore.t_test: -?\d+ is outside the schedule: choose 0 to 999"): f()
     with pytest.raises(UadError, match="0 to 9$"): restore_ancestral(never, x, 10, lambda: x, timesteps=10)
 
 @pytest.mark.parametrize("steps", [0, -3, 12])
 def test_impossible_ddim_steps_are_refused(steps):
     x = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(UadError, match="model.sampler_steps: .* choose 1 to 11"): restore_ddim(lambda x, t: x, x, 10, x, steps)
+    with pytest.raises(UadError, match="restore.sampler_steps: .* choose 1 to 11"): restore_ddim(lambda x, t: x, x, 10, x, steps)
 
 @pytest.mark.gpu
 def test_chains_on_cuda():

@@ -32,7 +32,7 @@ def q_sample(x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, schedule: s
 
 # %% ../nbs/31_diffusion.ipynb #659c7435
 def _check_t(t, timesteps):
-    if not 0 <= t < timesteps: raise UadError(f"model.t_test: {t} is outside the schedule: choose 0 to {timesteps - 1}")
+    if not 0 <= t < timesteps: raise UadError(f"restore.t_test: {t} is outside the schedule: choose 0 to {timesteps - 1}")
 
 def restore_one_step(denoise, x0: torch.Tensor, t: int, noise: torch.Tensor, schedule: str = "cosine", timesteps: int = 1000) -> torch.Tensor:
     "`denoise(x_t, t)` after noising `x0` (B, 1, H, W) in [-1, 1] to step `t`: the estimate of x0, same shape. Behrendt et al. 2024, section 2.1."
@@ -67,7 +67,7 @@ def restore_ddim(denoise, x0: torch.Tensor, t: int, noise: torch.Tensor, steps: 
 
     One leap equals `restore_one_step`. Song et al. 2021, eq. 12, sigma = 0. Raises `UadError` on a step outside the schedule, and on more leaps than steps."""
     _check_t(t, timesteps)
-    if not 1 <= steps <= t + 1: raise UadError(f"model.sampler_steps: {steps} steps do not fit into t = {t}: choose 1 to {t + 1}")
+    if not 1 <= steps <= t + 1: raise UadError(f"restore.sampler_steps: {steps} steps do not fit into t = {t}: choose 1 to {t + 1}")
     bars, leaps = alpha_bars(schedule, timesteps).tolist(), [t - i * (t + 1) // steps for i in range(steps)]
     at = torch.full((len(x0),), t, device=x0.device)
     x = q_sample(x0, at, noise, schedule, timesteps)
