@@ -1,0 +1,37 @@
+"""The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT."""
+import sys
+from pathlib import Path
+from uad_study.report import NAMES, cautions, open_results, score_label, table_dice, table_restorations, table_tests, table_thresholds, table_variants
+
+
+def markdown(cells) -> str:
+    head, *body = [[str(c).replace("|", "\\|").replace("*", "") if i else str(c) for c in line] for i, line in enumerate(cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def auprc(r) -> list[list[str]]:
+    "Pooled AUPRC of each score, and the prevalence."
+    cells = [["model", "score", *(NAMES.get(p, p) for p in r.pathologies)]]
+    for m in r.models:
+        for s in ("intensity", "intensity_dark", "l1", "l2", "ssim_0.3", "ssim_0.9", "ssim_1.7", "ssim_uniform", "ssim_ens"):
+            line = [t.auprc_pooled.mean() if len(t := r.rows(model=m, score=s, pathology=p)) else None for p in r.pathologies]
+            if any(v is not None for v in line): cells.append([m, score_label(s), *("" if v is None else f"{v:.3f}" for v in line)])
+    return [*cells, ["", "prevalence", *(f"{r.rows(pathology=p, model=r.models[0]).prevalence.mean():.3f}" for p in r.pathologies)]]
+
+
+def main(out, name):
+    r = open_results(out)
+    p, notes = r.evaluations[0]["provenance"], cautions(r)
+    unique = {t["key"]: t for t in r.trainings}.values()
+    trainings = [["training", "parameters", "steps", "best step", "validation loss", "minutes"], *([t["label"], f"{q['parameters']:,}", q["steps"], q["best_step"], f"{q['best_val_loss']:.4f}", f"{q['train_seconds'] / 60:.1f}"] for t in unique for q in [t["results"]])]
+    parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
+             "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), "## Dice (%)", markdown(table_dice(r)), "## SSIM-ens against l1", markdown(table_tests(r)),
+             "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## Restorations", markdown(table_restorations(r))]
+    val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()
+    parts += ["Healthy validation volumes:", markdown([["model", "contrast", "l1 (brain)", "SSIM (sigma 1.5)"], *([m, c, f"{v.l1:.4f}", f"{v.ssim:.3f}"] for (m, c), v in val.iterrows())])]
+    if r.variants: parts[3:3] = ["## What matters", markdown(table_variants(r)), "In brackets: mean paired difference to the base in Dice points: 95 % bootstrap interval over patients."]
+    parts += ["## Trainings", markdown(trainings)]
+    (Path(__file__).parent/f"{name}.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__": main(*sys.argv[1:3])
