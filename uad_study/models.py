@@ -216,8 +216,8 @@ class DAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, generator=None):
-        "The slices as the network returns them without noise, same shape; draws nothing from the generator."
-        return self.unet(x)
+        "The slices as the network returns them without noise, same shape, and as they are in the background (where it learns nothing); draws nothing from the generator."
+        return torch.where(x > self.config.foreground, self.unet(x), x)
 
 MODELS["dae"] = DAE
 

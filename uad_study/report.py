@@ -205,14 +205,15 @@ def reconstruction_of(train_dir, row: int, restore: dict | None = None):
 def figure_training(results: Results):
     "Validation loss, and Dice of l1 and SSIM-ens on a few test volumes, against training steps. Returns a matplotlib figure."
     import matplotlib.pyplot as plt
-    pathologies = list(dict.fromkeys(results.steps.pathology)) if len(results.steps) else []
-    fig, axes = plt.subplots(1, 1 + len(pathologies), figsize=(3.1 * (1 + len(pathologies)), 2.7), squeeze=False, layout="constrained")
+    pathologies = [p for p in results.pathologies if p in set(results.steps.pathology)] if len(results.steps) else []
+    fig, axes = plt.subplots(1, 1 + len(pathologies), figsize=(3.1 * (1 + len(pathologies)), 2.7 + .2 * -(-2 * len(results.models) // 5)), squeeze=False, layout="constrained")
     lines = ["-", ":", "--", "-.", (0, (5, 1, 1, 1, 1, 1))]
     style = {m: lines[i % len(lines)] for i, m in enumerate(results.models)}
     for t, m, curve in zip(results.trainings, results.labels, results.curves):
         q = t["parameters"]
         if m in style: axes[0, 0].plot([r["step"] for r in curve], [r["val_loss"] for r in curve], ls=style[m], color={"T1w": "C0", "T2w": "C3"}.get(q["contrast"]), lw=1.2, alpha=1 if q["fold"] == 0 else .4, label=f"{q['contrast']} {m}" if q["fold"] == 0 else None)
-    axes[0, 0].set(title="Validation loss (healthy)", xlabel="training step", yscale="log"); axes[0, 0].legend(frameon=False, fontsize=7)
+    axes[0, 0].set(title="Validation loss (healthy)", xlabel="training step", yscale="log")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     for ax, p in zip(axes[0, 1:], pathologies):
         for (model, score), g in results.steps[results.steps.pathology == p].groupby(["model", "score"], sort=False):
             m = g.groupby("step").dice.mean() * 100
@@ -261,7 +262,10 @@ def table_dice(results: Results) -> list[list[str]]:
 def table_thresholds(results: Results) -> list[list[str]]:
     "Dice (%) of l1 and SSIM-ens under each threshold rule, AUPRC beside the prevalence, and false positives on healthy test scans."
     cells = [["model", "pathology", "score", "own validation", "carried over from another pathology", "healthy only", "oracle (test itself)", "AUPRC (prevalence)", "healthy FP, mL"]]
-    for (model, p, s), g in results.cases[results.cases.score.isin(["l1", "ssim_ens"]) & (results.cases.pathology != "healthy") & ~results.cases.model.isin(results.variants)].groupby(["model", "pathology", "score"], sort=False):
+    c = results.cases
+    for model, p, s in [(m, p, s) for m in results.models for p in results.pathologies for s in ("l1", "ssim_ens")]:
+        g = c[(c.model == model) & (c.pathology == p) & (c.score == s)]
+        if not len(g): continue
         t = results.rows(model=model, pathology=p, score=s)
         d = (g.groupby("threshold_from").dice.mean() * 100).dropna()
         at = lambda r: f"{d[r]:.1f}" if r in d else ""
@@ -273,7 +277,10 @@ def table_thresholds(results: Results) -> list[list[str]]:
 def table_tests(results: Results) -> list[list[str]]:
     "SSIM-ens against l1, paired per patient (Wilcoxon signed rank; folds, and strengths of semi-synthetic lesions, averaged first), Holm-corrected over the table."
     rows = []
-    for (model, p), g in results.cases[results.cases.pathology.isin(results.pathologies) & results.cases.model.isin(results.models)].groupby(["model", "pathology"], sort=False):
+    c = results.cases
+    for model, p in [(m, p) for m in results.models for p in results.pathologies]:
+        g = c[(c.model == model) & (c.pathology == p)]
+        if not len(g): continue
         g = g[g.threshold_from == headline_rule(g.threshold_from)]
         pair = g[g.score.isin(["l1", "ssim_ens"])].pivot_table(index="patient_id", columns="score", values="dice").dropna()
         if set(pair.columns) != {"l1", "ssim_ens"} or len(pair) < 2: continue
@@ -347,7 +354,8 @@ def table_restorations(results: Results) -> list[list[str]]:
     "How good the restorations are: on the brain outside lesions against the input; inside lesions against the lesion-free twin, where there is one."
     t = results.restorations[(results.restorations.split == "test") & ~results.restorations.model.isin(results.variants)]
     cells = [["model", "contrast", "test set", "volumes", "l1 (brain)", "SSIM (sigma 1.5)", "l1 to twin in lesion", "share of lesion copied"]]
-    for (m, c, p), g in t.groupby(["model", "contrast", "pathology"], sort=False):
+    order = [*results.pathologies, "healthy"]
+    for (m, c, p), g in sorted(t.groupby(["model", "contrast", "pathology"]), key=lambda kv: (results.models.index(kv[0][0]), order.index(kv[0][2]), kv[0][1])):
         q = g[["l1", "ssim", "l1_lesion", "copied"]].mean()
         cells.append([m, c, NAMES.get(p, p), str(g.subject_id.nunique()), *(f"{v:.3f}" if v == v else "" for v in q)])
     return cells
