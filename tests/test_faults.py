@@ -157,7 +157,7 @@ def test_what_killed_runs_left_is_removed(tmp_path, tiny_yaml):
     folder = planned(tmp_path, tiny_yaml, data_confg={})
     leave(folder, folder/"maps")
     assert runs.main([str(folder)]) == 1                                     # it fails; but what an earlier one left is gone
-    leave(tmp_path, tmp_path/"figures")
+    leave(tmp_path, tmp_path/"figures", tmp_path/"train-x")
     with runs.out_folder(tmp_path): pass
     assert not [p for p in tmp_path.rglob(".tmp-*")]
     leave(tmp_path/"d", tmp_path/"d"/"sub-1"/"anat")

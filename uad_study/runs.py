@@ -374,7 +374,7 @@ def execute_run(folder):
         started = time.monotonic()
         try:
             for f in ("error.txt", "result.json"): (folder/f).unlink(missing_ok=True)
-            remove_leftovers(folder, *(p for p in folder.iterdir() if p.is_dir()), *([folder/spec["parameters"]["train_dir"]] if spec["stage"] == "evaluate" else []))
+            remove_leftovers(folder, *(p for p in folder.iterdir() if p.is_dir()))
             with stage_notebook(spec["stage"]) as notebook:
                 parameters = spec["parameters"] | dict(device=spec["device"])
                 check_parameters(notebook, parameters)
@@ -444,7 +444,7 @@ def out_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-        remove_leftovers(out, out/"figures")
+        remove_leftovers(out, out/"figures", *out.glob("train-*"))
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
@@ -484,16 +484,16 @@ def run_study(study: Study, out, data_dir=None, on_event=None) -> list[str]:
     device, slots, threads = resolve_engine(study.engine, sum(r.stage == "train" for r in runs))
     with out_folder(out) as out:
         if data_dir: os.environ["UAD_DATA"] = str(Path(data_dir).resolve())
-        finished, failed, running, waiting, lost = set(), {}, {}, list(runs), []
+        finished, failed, running, waiting, lost, restored = set(), {}, {}, list(runs), [], set()
         try:
             while waiting or running:
                 for r in list(waiting):
-                    if set(r.needs) <= finished and done(out, r): waiting.remove(r); finished.add(r.folder); tell("skipped", r, {})
+                    if set(r.needs) <= finished and done(out, r): waiting.remove(r); finished.add(r.folder); restored.add(_restores(r)); tell("skipped", r, {})
                 for r in [r for r in waiting if any(n in failed for n in r.needs)]:
                     waiting.remove(r); failed[r.folder] = None
                 for r in [r for r in waiting if set(r.needs) <= finished]:
                     if len(running) >= slots: break
-                    if any(r.stage == q.stage == "evaluate" and r.needs == q.needs for q, *_ in running.values()): continue       # they would make the same restorations
+                    if _restores(r) and _restores(r) not in restored and any(_restores(q) == _restores(r) for q, *_ in running.values()): continue     # they would make the same restorations
                     alone = r.stage in ("prepare", "report")
                     write_run(out, r, study, device)
                     running[r.folder] = (r, start_run(out, r, threads * slots if alone else threads), time.monotonic())
@@ -505,7 +505,7 @@ def run_study(study: Study, out, data_dir=None, on_event=None) -> list[str]:
                         continue
                     del running[folder]
                     if process.returncode == 0 and (Path(out)/folder/"result.json").exists():
-                        finished.add(folder); tell("done", r, dict(seconds=time.monotonic() - since))
+                        finished.add(folder); restored.add(_restores(r)); tell("done", r, dict(seconds=time.monotonic() - since))
                         if r.stage == "prepare":
                             lost = failed_subjects(out, r)
                             for text in lost: tell("warning", r, dict(text=text))
@@ -521,6 +521,10 @@ def run_study(study: Study, out, data_dir=None, on_event=None) -> list[str]:
         if runs[-1].folder in finished: publish(out, runs[-1])
     if errors := [e for e in failed.values() if e]: raise UadError(errors[0] + (f" (and {len(errors) - 1} more failed runs)" if len(errors) > 1 else ""))
     return lost
+
+def _restores(run: Run):
+    "Which restorations an evaluation needs; None for other runs."
+    return digest(run.parameters["train_dir"], run.parameters["restore_config"]) if run.stage == "evaluate" else None
 
 def _failure(folder: Path, run: Run, code: int) -> str:
     try: return (folder/"error.txt").read_text().strip()
