@@ -22,9 +22,10 @@ def auprc(r) -> list[list[str]]:
 def main(out, name):
     r = open_results(out)
     p, notes = r.evaluations[0]["provenance"], cautions(r)
+    commits = " and ".join(dict.fromkeys(str(q["provenance"]["commit"])[:12] + (" with changes" if q["provenance"]["dirty"] else "") for q in r.trainings + r.evaluations))
     unique = {t["key"]: t for t in r.trainings}.values()
     trainings = [["training", "parameters", "steps", "best step", "validation loss", "minutes"], *([t["label"], f"{q['parameters']:,}", q["steps"], q["best_step"], f"{q['best_val_loss']:.4f}", f"{q['train_seconds'] / 60:.1f}"] for t in unique for q in [t["results"]])]
-    parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
+    parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {commits}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
              "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), "## Dice (%)", markdown(table_dice(r)), "## SSIM-ens against l1", markdown(table_tests(r)),
              "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## Restorations", markdown(table_restorations(r))]
     val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()

@@ -114,6 +114,8 @@ def from_dict(cls, data: dict, where: str = ""):
     import dacite
     def tuples(t): return lambda v: tuple(v) if isinstance(v, list) else v
     if not isinstance(data, dict): raise UadError(f"{where}: must be a mapping of settings, not {type(data).__name__}")
+    for f in fields(cls):
+        if str(f.type).startswith("tuple") and not isinstance(data.get(f.name, ()), (list, tuple)): raise UadError(f"{where}: setting {f.name!r} is {data[f.name]!r} but must be a list, such as [{data[f.name]}]")
     config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: lambda v: float(v) if type(v) is int else v})
     try: return dacite.from_dict(cls, data, config)
     except dacite.UnexpectedDataError as e:

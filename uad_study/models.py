@@ -190,10 +190,10 @@ MODELS |= dict(ae=AE, vae=VAE)
 # %% ../nbs/32_models.ipynb #43d8aece
 def coarse_noise(n: int, size, resolution: int = 16, std: float = 0.2, generator: torch.Generator | None = None, device=None) -> torch.Tensor:
     "`n` Gaussian fields of `resolution`^2 pixels, enlarged to `size` (H, W) bilinearly and rolled by a random shift each: (n, 1, H, W) float32. Kascenas et al. 2022, section 3.2."
+    if generator is None: generator = torch.Generator(device or "cpu"); generator.seed()
     small = gaussian_noise(n, resolution, generator, device) * std
     large = interpolate(small, size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
-    g = generator or torch.Generator(large.device)
-    i, j = ((torch.arange(s, device=large.device) + torch.randint(s, (n, 1), generator=g, device=g.device).to(large.device)) % s for s in size)
+    i, j = ((torch.arange(s, device=large.device) + torch.randint(s, (n, 1), generator=generator, device=generator.device).to(large.device)) % s for s in size)
     return large[torch.arange(n, device=large.device)[:, None, None], i[:, :, None], j[:, None]][:, None]
 
 class DAE(nn.Module):

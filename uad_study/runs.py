@@ -134,7 +134,9 @@ def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
     from uad_study.evaluate import ScoreConfig
     from uad_study.models import MODELS, RestoreConfig, model_config
     from uad_study.train import train_config
+    from uad_study.volume import GRID_SHAPE
     model = model_config(parts["model"], where)
+    if (size := getattr(model, "size", GRID_SHAPE[0])) < GRID_SHAPE[0]: raise UadError(f"{where}, model.size: slices have {GRID_SHAPE[0]} pixels, more than {size}: raise it")
     restores = MODELS[model.name].restores
     if restore_set and not restores: raise UadError(f"{where}, restore: the model {model.name!r} has nothing to set there: remove it")
     restore = from_dict(RestoreConfig, parts["restore"], f"{where}, restore") if restores else None

@@ -46,8 +46,8 @@ class TrainConfig:
         for k in ("steps", "batch_size", "val_every", "val_slices"):
             if getattr(self, k) < 1: raise UadError(f"train.{k}: must be at least 1, not {getattr(self, k)}")
         for k in ("lr_warmup", "lr_period", "weight_decay", "clip_norm", "checkpoint_minutes"):
-            if getattr(self, k) < 0: raise UadError(f"train.{k}: must be 0 or more, not {getattr(self, k)}")
-        if self.lr <= 0: raise UadError(f"train.lr: must be positive, not {self.lr}")
+            if not 0 <= getattr(self, k) < math.inf: raise UadError(f"train.{k}: must be 0 or more, not {getattr(self, k)}")
+        if not 0 < self.lr < math.inf: raise UadError(f"train.lr: must be positive, not {self.lr}")
         if not 0 <= self.ema < 1: raise UadError(f"train.ema: must be at least 0 and below 1, not {self.ema}")
         if bad := [s for s in self.snapshots if not 0 < s < self.steps]: raise UadError(f"train.snapshots: {bad[0]} is not between 1 and train.steps - 1 ({self.steps - 1})")
 
