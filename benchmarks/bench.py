@@ -35,8 +35,8 @@ def main(threads=1):
     rows.append(("components of a prediction", best(lambda: components(x > .4))))
     scores, labels = np.random.default_rng(0).random(1_500_000, np.float32), np.random.default_rng(1).random(1_500_000) > .95
     rows.append(("exact best threshold, 1.5 million voxels", best(lambda: best_threshold(scores, labels))))
-    demo = read_study("demo")
-    model = build_model(model_config(demo.models[0]))
+    demo = read_study("demo").entries[0]
+    model = build_model(model_config(demo.model))
     optimizer = torch.optim.Adam(model.parameters()); batch = torch.rand(demo.train["batch_size"], 1, 96, 96)
     def step(): loss = model.loss(batch, g()); optimizer.zero_grad(); loss.backward(); optimizer.step()
     rows.append((f"demo DDPM ({parameter_count(model):,} parameters), training step of {len(batch)}", best(step)))
