@@ -1,13 +1,13 @@
 """Seconds and peak memory of a training step and of restoring a volume, for every model at demo and at paper size: python benchmarks/models.py [--device cuda]. Writes benchmarks/models.md (models-cuda.md).
 
-Each line is measured in a process of its own. A paper-size DDPM takes minutes for one step of 32 slices on a CPU, so there it is measured at 1, 2 and 4."""
+Each line is measured in a process of its own. A paper-size DDPM takes minutes for one step of 32 slices on a CPU, so there it is measured at 1 and 4."""
 import argparse, json, resource, subprocess, sys, time
 from pathlib import Path
 
 PAPER = {"ae": {}, "vae": {}, "dae": {}, "ddpm": {}, "ddpm_gaussian": {}}
 
 
-def measure(settings: dict, batch: int, device: str, threads: int, steps: int = 3) -> dict:
+def measure(settings: dict, batch: int, restore: bool, device: str, threads: int, steps: int = 3) -> dict:
     "Best seconds of `steps` training steps (after one to warm up), seconds to restore 50 slices, and peak memory in MB: of the process, less what it held before the model; on a GPU of its tensors."
     import torch
     torch.set_num_threads(threads)
@@ -25,6 +25,7 @@ def measure(settings: dict, batch: int, device: str, threads: int, steps: int = 
         optimizer.zero_grad(); loss.backward(); optimizer.step(); wait()
         times.append(time.perf_counter() - t)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else peak() - before
+    if not restore: return dict(parameters=parameter_count(model), step=min(times[1:]), restore=None, memory=memory)
     t = time.perf_counter(); [model.eval().reconstruct(s, g()) for s in torch.rand(50, 1, 96, 96, device=device).split(50 if batch > 4 or device != "cpu" or parameter_count(model) < 5e6 else 10)]; wait()
     return dict(parameters=parameter_count(model), step=min(times[1:]), restore=time.perf_counter() - t, memory=memory)
 
@@ -36,16 +37,16 @@ def main():
         print(json.dumps(measure(*json.loads(a.one), a.device, a.threads)))
         return
     from uad_study.runs import provenance, read_study
-    jobs = [(f"{e.label}, demo size", e.model, e.train["batch_size"]) for e in read_study("demo-models").entries]
+    jobs = [(f"{e.label}, demo size", e.model, e.train["batch_size"], True) for e in read_study("demo-models").entries]
     for name, more in PAPER.items():
-        batches = (1, 2, 4) if name == "ddpm" and a.device == "cpu" else () if name == "ddpm_gaussian" and a.device == "cpu" else (32,)
-        jobs += [(f"{name}, paper size", {"name": name} | more, b) for b in batches]
+        batches = (1, 4) if name == "ddpm" and a.device == "cpu" else () if name == "ddpm_gaussian" and a.device == "cpu" else (32,)
+        jobs += [(f"{name}, paper size", {"name": name} | more, b, b == batches[0]) for b in batches]
     lines = []
-    for label, settings, batch in jobs:
-        r = subprocess.run([sys.executable, __file__, "--device", a.device, "--threads", str(a.threads), "--one", json.dumps([settings, batch])], capture_output=True, text=True)
+    for label, settings, batch, restore in jobs:
+        r = subprocess.run([sys.executable, __file__, "--device", a.device, "--threads", str(a.threads), "--one", json.dumps([settings, batch, restore])], capture_output=True, text=True)
         if r.returncode: sys.exit(r.stderr)
         m = json.loads(r.stdout.splitlines()[-1])
-        lines.append(f"| {label} | {m['parameters']:,} | {batch} | {m['step']:.3f} | {m['step'] / batch * 1000:.0f} | {m['memory']:,.0f} | {m['restore']:.2f} |")
+        lines.append(f"| {label} | {m['parameters']:,} | {batch} | {m['step']:.3f} | {m['step'] / batch * 1000:.0f} | {m['memory']:,.0f} | {'' if m['restore'] is None else format(m['restore'], '.2f')} |")
         print(lines[-1], flush=True)
     v = provenance(a.device)
     head = [f"Measured by `python benchmarks/models.py --device {a.device} --threads {a.threads}`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}, {a.threads} threads of {v['cores']} cores ({v['machine']}), "
