@@ -302,8 +302,8 @@ def variant_effects(results: Results) -> pd.DataFrame:
                 pair = pd.concat([dice(label, p, score), dice(v["base"], p, score)], axis=1, join="inner").to_numpy()
                 if not len(pair): continue
                 lo, hi = bootstrap_interval(pair[:, 0] - pair[:, 1])
-                rows.append(dict(label=label, base=v["base"], says=v["says"], pathology=p, score=score, n=len(pair), dice=pair[:, 0].mean(), base_dice=pair[:, 1].mean(), difference=(pair[:, 0] - pair[:, 1]).mean(), lo=lo, hi=hi))
-    return pd.DataFrame(rows)
+                rows.append((label, v["base"], v["says"], p, score, len(pair), pair[:, 0].mean(), pair[:, 1].mean(), (pair[:, 0] - pair[:, 1]).mean(), lo, hi))
+    return pd.DataFrame(rows, columns=["label", "base", "says", "pathology", "score", "n", "dice", "base_dice", "difference", "lo", "hi"])
 
 def table_variants(results: Results) -> list[list[str]]:
     "What matters: Dice (%) of l1 and SSIM-ens for each variant, with the difference to its base, and the SSIM of its restorations to the input in healthy brain."
@@ -429,10 +429,10 @@ def write_report(results: Results, out_dir):
     parts.append("<h2>Dice by score and pathology</h2>" + _html_table(table_dice(results)) + "<p><small>Threshold: the exact optimum on the pathology's own validation set (from another one where it has none), before components. "
                  "Bold: highest of a model on the test set. In brackets: 95 % bootstrap interval over patients. Perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components: what is left of a score without fault. (The median removes small lesions; some blur saves them.)</small></p>")
     parts.append("<h2>SSIM-ens against l1</h2>" + _html_table(table_tests(results)))
-    if results.variants:
+    if len(effects := variant_effects(results)):
         parts.append("<h2>What matters</h2>" + _html_table(table_variants(results)) + "<p><small>Each line changes one thing of the model above it. Dice (%) of the variant; in brackets the mean paired difference to that model in Dice points, and its 95 % bootstrap interval over patients "
                      "(not corrected for the number of comparisons). SSIM of restorations: to the input, sigma 1.5, in healthy brain.</small></p>")
-        parts += [_html_figure(figure_variants(results, m), f"What each setting changes in Dice, {m}: paired difference to the base, 95 % intervals over patients.", figures/f"variants-{slug(m)}.png") for m in results.models if m in {v["base"] for v in results.variants.values()}]
+        parts += [_html_figure(figure_variants(results, m), f"What each setting changes in Dice, {m}: paired difference to the base, 95 % intervals over patients.", figures/f"variants-{slug(m)}.png") for m in results.models if m in set(effects.base)]
     parts.append("<h2>Which sigma?</h2>" + "".join(_html_figure(figure_sigma(results, m), f"Dice against the kernel width of SSIM, {m}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys).", figures/f"sigma-{slug(m)}.png") for m in results.models))
     parts.append("<h2>What each score sees</h2>" + "".join(_html_figure(figure_maps(results, m), f"Restorations and anomaly maps of {m}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale.", figures/f"maps-{slug(m)}.png") for m in results.models))
     if (fig := figure_alpha(results)) is not None: parts.append("<h2>How subtle may a lesion be?</h2>" + _html_figure(fig, "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible.", figures/"alpha.png"))

@@ -99,6 +99,7 @@ def read_study(study) -> Study:
         if e.label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
         entries[e.label], given[e.label] = e, parts
     bases = list(entries)
+    if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(bases)} has anything to set there: remove it")
     for i, v in enumerate(_list(raw, "variants", [], where)):
         at = f"{where}, variants[{i}]"
         if not isinstance(v, dict): raise UadError(f"{at}: must be a mapping of what it changes, such as {{label: lower rate, train: {{lr: 0.0001}}}}, not {v!r}")
