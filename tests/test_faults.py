@@ -27,8 +27,9 @@ def test_study_faults(tmp_path, line, words):
 @pytest.mark.parametrize("line, words", [
     ("models: 3", ["models: must be a list"]),
     ("models: ddpm", ["models: must be a list, such as [ddpm]", "'ddpm'"]),
+    ("variants: none", ["variants: must be a list, such as [{train: {lr: 0.0001}}]"]),
     ("models: [3]", ["models[0]", "a mapping of settings, not 3"]),
-    ("models: [{name: [ddpm]}]", ["models[0].name", "Known: ddpm"]),
+    ("models: [{name: [ddpm]}]", ["models[0].name", "Known: ae, vae, dae, ddpm"]),
     ("models: [{channels: []}]", ["model.channels: is empty"]),
     ("models: [{channels: [0]}]", ["model.channels: 0"]),
     ("models: [{norm_num_groups: 0}]", ["model.norm_num_groups: must be more than 0"]),

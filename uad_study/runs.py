@@ -121,7 +121,7 @@ def _plain(config) -> dict: return json.loads(json.dumps(asdict(config)))
 
 def _list(raw: dict, key: str, default: list, where: str) -> list:
     value = raw.get(key) or default
-    if not isinstance(value, list): raise UadError(f"{where}, {key}: must be a list, not {value!r}")
+    if not isinstance(value, list): raise UadError(f"{where}, {key}: must be a list, such as [{', '.join(default) or '{train: {lr: 0.0001}}'}], not {value!r}")
     return value
 
 def _mapping(raw: dict, key: str, where: str) -> dict:
