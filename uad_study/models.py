@@ -288,7 +288,7 @@ def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
 def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | None = None) -> nn.Module:
     "The model of `config`, its weights initialised from `seed` without touching the global random state; `restore`: how it restores, for a diffusion model."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                     # not torch.manual_seed, which would seed every GPU as well
         model = MODELS[config.name](config)
     if restore is not None:
         if not model.restores: raise UadError(f"restore: the model {config.name!r} has nothing to set there: remove it")

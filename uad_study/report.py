@@ -87,9 +87,9 @@ class Results:
         self.table = summarise(self.cases, self.pooled)
         more = chosen_sigma(self.cases, self.pooled, self.table)
         self.cases, self.table = (pd.concat(pair, ignore_index=True) for pair in zip((self.cases, self.table), more))
-        self.pathologies = sorted(set(self.table.pathology), key=lambda p: (list(NAMES).index(p) if p in NAMES else len(NAMES), p))
-        self.labels = [e["parameters"].get("label") or t["parameters"]["model_config"]["name"] for t, e in zip(self.trainings, self.evaluations)]
         self.variants = {v["label"]: v for v in variants}
+        self.pathologies = sorted(set(self.table[~self.table.model.isin(self.variants)].pathology), key=lambda p: (list(NAMES).index(p) if p in NAMES else len(NAMES), p))
+        self.labels = [e["parameters"].get("label") or t["parameters"]["model_config"]["name"] for t, e in zip(self.trainings, self.evaluations)]
         self.models = [m for m in dict.fromkeys(self.table.model) if m != "perfect map" and m not in self.variants]
 
     def rows(self, **where) -> pd.DataFrame:
@@ -293,16 +293,17 @@ def table_tests(results: Results) -> list[list[str]]:
 def variant_effects(results: Results) -> pd.DataFrame:
     "What each variant changes: rows of label, base, says, pathology, score, n (patients), dice, and its paired difference to the base in Dice with a 95 % bootstrap interval (fractions)."
     rows, c = [], results.cases[results.cases.score.isin(["l1", "ssim_ens"])]
-    def dice(model, p, score):
-        g = c[(c.model == model) & (c.pathology == p) & (c.score == score)]
-        return per_patient(g[g.threshold_from == headline_rule(g.threshold_from)])
+    def dice(model, p, score, rule):
+        return per_patient(c[(c.model == model) & (c.pathology == p) & (c.score == score) & (c.threshold_from == rule)])
     for label, v in results.variants.items():
         for p in results.pathologies:
             for score in ("l1", "ssim_ens"):
-                pair = pd.concat([dice(label, p, score), dice(v["base"], p, score)], axis=1, join="inner").to_numpy()
+                rule = headline_rule(c[(c.model == v["base"]) & (c.pathology == p) & (c.score == score)].threshold_from)       # both under the base's
+                base = dice(v["base"], p, score, rule)
+                pair = pd.concat([dice(label, p, score, rule), base], axis=1, join="inner").to_numpy()
                 if not len(pair): continue
                 lo, hi = bootstrap_interval(pair[:, 0] - pair[:, 1])
-                rows.append((label, v["base"], v["says"], p, score, len(pair), pair[:, 0].mean(), pair[:, 1].mean(), (pair[:, 0] - pair[:, 1]).mean(), lo, hi))
+                rows.append((label, v["base"], v["says"], p, score, len(pair), pair[:, 0].mean(), base.mean(), (pair[:, 0] - pair[:, 1]).mean(), lo, hi))
     return pd.DataFrame(rows, columns=["label", "base", "says", "pathology", "score", "n", "dice", "base_dice", "difference", "lo", "hi"])
 
 def table_variants(results: Results) -> list[list[str]]:
@@ -410,10 +411,11 @@ def cautions(results: Results) -> list[str]:
     at_chance = [(m, p, s, *t[["auprc_pooled", "prevalence"]].mean()) for m in results.models for p in results.pathologies for s in ("l1", "ssim_ens") if len(t := results.rows(model=m, pathology=p, score=s))]
     at_chance = [f"{score_label(s)} of {m} on {NAMES.get(p, p).lower()} ({a:.3f} at a prevalence of {q:.3f})" for m, p, s, a, q in at_chance if a < 1.5 * q]
     if at_chance: notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times the prevalence): {'; '.join(at_chance)}. Such maps mark most of the brain; a difference between them means nothing.")
-    counts = {p: int(results.rows(pathology=p).n_test.max()) for p in results.pathologies}
+    own = ~results.cases.model.isin(results.variants)
+    counts = {p: int(results.table[(results.table.pathology == p) & results.table.model.isin(results.models)].n_test.max()) for p in results.pathologies}
     if few := {p: n for p, n in counts.items() if n < 30}: notes.append(f"Fewer than 30 test patients ({', '.join(f'{NAMES.get(p, p).lower()} {n}' for p, n in few.items())}): that supports only a cautious claim.")
     for p in results.pathologies:
-        g = results.cases[results.cases.pathology == p].groupby("patient_id").lesion_ml.max()
+        g = results.cases[(results.cases.pathology == p) & own].groupby("patient_id").lesion_ml.max()
         if (g == 0).any(): notes.append(f"{NAMES.get(p, p)}: {(g == 0).sum()} of {len(g)} test patients have no lesion voxel on the grid; Dice is undefined there, and they are left out.")
     if "ssim_val" in set(results.table.score) and "semisynthetic" in results.pathologies: notes.append("Semi-synthetic: each held-out person carries one lesion at several strengths; intervals and tests are over persons, their strengths averaged.")
     if results.table.fold.nunique() == 1: notes.append("One fold: there is no spread over folds. The intervals in brackets are 95 % bootstrap intervals over patients.")

@@ -107,10 +107,12 @@ def read_study(study) -> Study:
             if k not in ("label", "of", *PARTS): raise UadError(f"{at}: unknown setting {k!r}: {nearest(k, ('label', 'of', *PARTS))}")
         base = choice(v.get("of", bases[0]), bases, f"{at}.of")
         own = {k: _mapping(v, k, at) for k in PARTS}
-        for k in ("source", "contrasts", "folds"):
+        for k in ("source", "contrasts", "folds", "seed"):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
         e = _entry("", {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
-        changed = [(f"{k}.{n}", getattr(entries[base], k).get(n), new) for k in PARTS for n, new in getattr(e, k).items() if getattr(entries[base], k).get(n) != new]
+        if "sampler_steps" in own["restore"] and e.restore.get("sampler") != "ddim": raise UadError(f"{at}, restore.sampler_steps: is for sampler ddim: set that too")
+        if "lr_period" in own["train"] and e.train["lr_schedule"] != "cosine": raise UadError(f"{at}, train.lr_period: is for lr_schedule cosine: set that too")
+        changed = [(f"{k}.{n}", getattr(entries[base], k).get(n), new) for k in PARTS for n, new in getattr(e, k).items() if getattr(entries[base], k).get(n) != new and n not in ("checkpoint_minutes", "snapshots")]
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
         label = f"{base}, " + str(v.get("label") or ", ".join(f"{n.partition('.')[2]} {new}" for n, _, new in changed))
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
@@ -510,8 +512,9 @@ def run_study(study: Study, out, data_dir=None, on_event=None) -> list[str]:
                     if process.returncode == 0 and (Path(out)/folder/"result.json").exists():
                         finished.add(folder); restored.add(_restores(r)); tell("done", r, dict(seconds=time.monotonic() - since))
                         if r.stage == "prepare":
-                            lost = failed_subjects(out, r)
-                            for text in lost: tell("warning", r, dict(text=text))
+                            new = [t for t in failed_subjects(out, r) if t not in lost]
+                            lost += new
+                            for text in new: tell("warning", r, dict(text=text))
                     else:
                         failed[folder] = _failure(Path(out)/folder, r, process.returncode); tell("failed", r, dict(error=failed[folder]))
         finally:
