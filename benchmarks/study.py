@@ -30,7 +30,7 @@ def main(out, name):
              "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## Restorations", markdown(table_restorations(r))]
     val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()
     parts += ["Healthy validation volumes:", markdown([["model", "contrast", "l1 (brain)", "SSIM (sigma 1.5)"], *([m, c, f"{v.l1:.4f}", f"{v.ssim:.3f}"] for (m, c), v in val.iterrows())])]
-    if r.variants: parts[3:3] = ["## What matters", "![Paired differences with 95 % intervals](../docs/ablation.png)" if name == "ablation" else "", markdown(table_variants(r)), "In brackets: mean paired difference to the base in Dice points: 95 % bootstrap interval over patients."]
+    if r.variants: parts[3:3] = ["## What matters", "![Paired differences with 95 % intervals](../docs/ablation.png)" if name == "ablation" else "", markdown(table_variants(r)), "In brackets: mean paired difference to the base in Dice points: 95 % bootstrap interval over patients, one seed, not corrected for the number of comparisons."]
     parts += ["## Trainings", markdown(trainings)]
     (Path(__file__).parent/f"{name}.md").write_text("\n\n".join(parts) + "\n")
 

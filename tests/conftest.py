@@ -1,7 +1,7 @@
 "Shared by the tests: `uad` as a user calls it, and one tiny study that runs once."
 import os, subprocess, sys
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 
 TINY = """format: uad-study/1
 title: "A tiny study"
@@ -44,3 +44,12 @@ def tiny_out(tiny_yaml):
     r = uad("run", tiny_yaml, "--out", out, cwd=tiny_yaml.parent)
     assert r.returncode == 0, r.stderr + r.stdout
     return out
+
+
+def pair(seed=0, shape=(24, 20, 16), dtype=np.float64):
+    "A volume with smooth and with rough parts, and a reconstruction of it."
+    rng = np.random.default_rng(seed)
+    x = rng.random(shape)
+    x[: shape[0] // 2] = x[: shape[0] // 2] * .05 + .6
+    x[:, : shape[1] // 4] = 0
+    return x.astype(dtype), np.clip(x * .9 + .1 * rng.random(shape) * (x > 0), 0, 1).astype(dtype)

@@ -1,5 +1,6 @@
 "Our scores, metrics, post-processing and noise against independent implementations, and the properties that they must have."
 import numpy as np, pytest, torch
+from conftest import pair
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import binary_erosion, label, median_filter
 from uad_study.core import UadError
@@ -11,14 +12,6 @@ from uad_study.scores import SIGMAS, SCORES, kernel_size, l1_map, score_maps, ss
 SIZES = dict(zip(SIGMAS, (3, 5, 5, 7, 9, 11, 11, 13)))
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=25, deadline=None)
-
-def pair(seed=0, shape=(24, 20, 16), dtype=np.float64):
-    "A volume with smooth and with rough parts, and a reconstruction of it."
-    rng = np.random.default_rng(seed)
-    x = rng.random(shape)
-    x[: shape[0] // 2] = x[: shape[0] // 2] * .05 + .6
-    x[:, : shape[1] // 4] = 0
-    return x.astype(dtype), np.clip(x * .9 + .1 * rng.random(shape) * (x > 0), 0, 1).astype(dtype)
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_ssim_equals_torchmetrics(sigma):

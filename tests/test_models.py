@@ -12,17 +12,18 @@ from uad_study.volume import GRID_SHAPE
 STUDY = """format: uad-study/1
 data: {source: virtual, contrasts: [T2w], pathologies: [tumour], folds: 1, n_train: 2, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 2}
 models:
-  - {name: ddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4}
-  - {name: ae, label: small AE, channels: [8, 16, 16], latent: 16, dropout: 0}
+  - {name: ddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4, timesteps: 400}
+  - {name: ae, label: "007", channels: [8, 16, 16], latent: 16, dropout: 0}
 train: {steps: 6, batch_size: 2, lr: 0.001, val_every: 3, val_slices: 4}
 scores: {names: [l1, ssim_0.9, ssim_ens]}
+restore: {t_test: 200}
 variants:
   - {restore: {t_test: 100}}
   - {label: small median, scores: {median: 3, masked: true}}
-  - {of: small AE, train: {ema: 0.9, augment: true, clip_norm: 1, lr_schedule: linear}}
+  - {of: "007", train: {ema: 0.9, augment: true, clip_norm: 1, lr_schedule: linear}}
 report: {steps_val: 1, steps_test: 1}
 """
-LABELS = ["ddpm", "small AE", "ddpm, t_test 100", "ddpm, small median", "small AE, lr_schedule linear, clip_norm 1.0, ema 0.9, augment True"]
+LABELS = ["ddpm", "007", "ddpm, t_test 100", "ddpm, small median", "007, lr_schedule linear, clip_norm 1.0, ema 0.9, augment True"]
 
 
 @pytest.fixture(scope="module")
@@ -39,35 +40,36 @@ def test_entries_share_what_they_can(out):
     assert [sum(n.startswith(s) for n in results) for s in ("prepare", "train", "evaluate", "report")] == [1, 3, 5, 1]
     by = {r["parameters"]["label"]: r["parameters"] for n, r in results.items() if n.startswith("evaluate")}
     assert set(by) == set(LABELS) and len({by[l]["train_dir"] for l in LABELS if l.startswith("ddpm")}) == 1
-    assert by["ddpm, t_test 100"]["restore_config"]["t_test"] == 100 and by["small AE"]["restore_config"] == {}
+    assert by["ddpm, t_test 100"]["restore_config"]["t_test"] == 100 and by["007"]["restore_config"] == {}
     kept = [json.loads(p.read_text())["restore"]["t_test"] for p in out.glob("train-*ddpm*/reconstructions-*/reconstructions.json")]
-    assert sorted(kept) == [100, 500]
+    assert sorted(kept) == [100, 200]
 
 
 def test_the_report_tells_variants_from_models(out):
     t, page, r = pd.read_csv(out/"table.csv"), (out/"report.html").read_text(), open_results(out)
-    assert list(dict.fromkeys(t.model)) == [LABELS[0], "perfect map", *LABELS[1:]] or set(t.model) == {*LABELS, "perfect map"}
+    assert set(t.model) == {*LABELS, "perfect map"}
     assert r.models == LABELS[:2] and list(r.variants) == LABELS[2:]
-    assert "What matters" in page and "scores.median 5 → 3; scores.masked False → True" in page and "restore.t_test 500 → 100" in page
+    assert "What matters" in page and "scores.median 5 → 3; scores.masked False → True" in page and "restore.t_test 200 → 100" in page
     main = page[page.index("Dice by score and pathology"):page.index("What matters")]
-    assert "small AE" in main and "t_test 100" not in main                       # variants stand in their own table
-    assert {f.name for f in (out/"figures").iterdir()} >= {"variants-ddpm.png", "variants-small-AE.png", "sigma-small-AE.png", "maps-ddpm.png"}
-    assert [m.label for m in restored_models(r)] == ["T2w ddpm", "T2w small AE", "T2w ddpm, t_test 100", "T2w " + LABELS[4]]
-    assert "small AE on T2w" not in "".join(re.findall(r"blurred[^;.]*", page))   # a bottleneck blurs by nature
+    assert "007" in main and "t_test 100" not in main                       # variants stand in their own table
+    assert {f.name for f in (out/"figures").iterdir()} >= {"variants-ddpm.png", "variants-007.png", "sigma-007.png", "maps-ddpm.png"}
+    assert [m.label for m in restored_models(r)] == ["T2w ddpm", "T2w 007", "T2w ddpm, t_test 100", "T2w " + LABELS[4]]
+    late = re.search(r"Under-trained: [^<]*", page).group()
+    assert "ddpm on T2w (fold 0): its restorations are blurred" in late and not re.search(r"007 on T2w[^;]*blurred", late)      # a bottleneck blurs by nature
 
 
 def test_the_training_notebook_shows_restorations(out):
     for folder in out.glob("train-*"):
         cells = json.loads((folder/"notebook.ipynb").read_text())["cells"]
         looks = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "display_data" and "image/png" in o["data"]]
-        assert len(looks) >= 3 and "image/png" in looks[0]["data"], folder       # the grid that updates, the curve, the best weights
+        assert len(looks) >= 3, folder                                           # the grid that updates, the curve, the best weights
         assert not any("first validation brings" in json.dumps(o) for o in looks)
 
 
 def test_bad_settings_are_one_line(tmp_path):
     for line, words in (("models: [{name: ae, chanels: [8]}]", ("models[0]", "'chanels'", "did you mean 'channels'")), ("models: [{name: dae, noise_std: much}]", ("noise_std", "float")),
                         ("models: [unet]", ("'unet'", "Known: ae, vae, dae, ddpm, ddpm_gaussian")), ("models: [{name: ae, kernel_size: 4}]", ("model.kernel_size", "odd")),
-                        ("models: [{name: ddpm, channels: 32}]", ("'channels'", "[32]")), ("models: [{name: ae, size: 64}]", ("model.size", "96")), ("train: {lr: .nan}", ("train.lr", "positive")),
+                        ("models: [{name: ddpm, channels: 32}]", ("'channels'", "[32]")), ("models: [{name: ae, size: 64}]", ("model.size", "96")), ("train: {lr: .nan}", ("'lr'", "finite")),
                         ("restore: {sampler: dim}", ("restore.sampler", "did you mean 'ddim'")), ("models: [{name: vae, train: {precision: fp8}}]", ("train.precision", "bf16"))):
         (tmp_path/"s.yaml").write_text(f"format: uad-study/1\n{line}\n")
         one_line(uad("run", "s.yaml", "--dry-run", cwd=tmp_path), *words)

@@ -1,6 +1,7 @@
 "Options: SSIM in slices and inside a mask, and components inside the threshold search, against independent implementations; and the properties that every variant must have."
 import itertools, warnings
 import numpy as np, pytest, torch
+from conftest import pair
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 from uad_study.core import UadError
@@ -13,13 +14,9 @@ VARIANTS = {"3-D": {}, "2-D": dict(dims=2), "masked": dict(mask=True), "masked 2
 variants, sigmas = pytest.mark.parametrize("kind", VARIANTS), pytest.mark.parametrize("sigma", SIGMAS)
 seeds, quick = st.integers(0, 2**32 - 1), settings(max_examples=15, deadline=None)
 
-def pair(seed=0, shape=(14, 13, 12), dtype=np.float64):
-    "A volume with smooth, rough and empty parts, a reconstruction of it, and a ragged brain mask."
-    rng = np.random.default_rng(seed)
-    x = rng.random(shape)
-    x[: shape[0] // 2] = x[: shape[0] // 2] * .05 + .6
-    x[:, : shape[1] // 4] = 0
-    return x.astype(dtype), np.clip(x * .9 + .1 * rng.random(shape) * (x > 0), 0, 1).astype(dtype), (np.abs(np.indices(shape).T / shape - .5).max(-1).T < .42) & (rng.random(shape) < .8)
+def masked_pair(seed=0, shape=(14, 13, 12), dtype=np.float64):
+    "`conftest.pair`, and a ragged brain mask."
+    return *pair(seed, shape, dtype), (np.abs(np.indices(shape).T / shape - .5).max(-1).T < .42) & (np.random.default_rng(seed + 1).random(shape) < .8)
 
 def options(kind, mask): return VARIANTS[kind] | (dict(mask=mask) if "mask" in VARIANTS[kind] else {})
 
@@ -37,7 +34,7 @@ def direct(x, y, at, sigma, L, mask=None, dims=3):
 @sigmas
 def test_ssim_in_slices_equals_torchmetrics(sigma):
     from torchmetrics.functional.image import structural_similarity_index_measure as reference
-    x, y, _ = pair(shape=(24, 20, 5))
+    x, y, _ = masked_pair(shape=(24, 20, 5))
     L, t = max(np.ptp(x), np.ptp(y)), lambda a: torch.tensor(np.moveaxis(a, -1, 0)[:, None])                       # a batch of slices
     assert kernel_size(sigma) == SIZES[sigma]
     _, theirs = reference(t(x), t(y), gaussian_kernel=True, sigma=sigma, kernel_size=SIZES[sigma], data_range=L, return_full_image=True)
@@ -53,7 +50,7 @@ def test_ssim_in_slices_equals_torchmetrics(sigma):
 @variants
 @sigmas
 def test_ssim_equals_a_direct_implementation(kind, sigma):
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     kw = options(kind, mask)
     ours, rng = ssim_map(x, y, sigma, **kw), np.random.default_rng(1)
     for at in [*(np.argwhere(mask)[rng.integers(0, mask.sum(), 12)]), (0, 0, 0), (13, 12, 11), (0, 6, 11)]:
@@ -61,7 +58,7 @@ def test_ssim_equals_a_direct_implementation(kind, sigma):
         assert ours[tuple(at)] == pytest.approx(expected, abs=1e-9)
 
 def test_slices_do_not_see_each_other():
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     z = y.copy(); z[..., 7] = np.random.default_rng(3).random(z.shape[:2])
     for s in SIGMAS:
         for m in (None, mask):
@@ -72,7 +69,7 @@ def test_slices_do_not_see_each_other():
 @sigmas
 @pytest.mark.parametrize("dims", (2, 3))
 def test_nothing_outside_the_mask_touches_the_inside(sigma, dims):
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     s, rng = ssim_map(x, y, sigma, 1., mask=mask, dims=dims), np.random.default_rng(2)
     assert (s[~mask] == 1).all() and (s[mask] < 1).any()
     for scale in (1, 1e6):
@@ -85,7 +82,7 @@ def test_nothing_outside_the_mask_touches_the_inside(sigma, dims):
     assert (ssim_map(x, y, sigma, mask=mask & False, dims=dims) == 1).all()
 
 def test_data_range_is_of_the_whole_volume():
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     assert not mask[0, 0, 0]
     x[0, 0, 0] = 5
     np.testing.assert_array_equal(ssim_map(x, y, .9, mask=mask), ssim_map(x, y, .9, 5., mask=mask))
@@ -93,7 +90,7 @@ def test_data_range_is_of_the_whole_volume():
 @quick
 @given(seeds, st.sampled_from(SIGMAS), st.sampled_from(list(VARIANTS)))
 def test_every_variant_is_symmetric_bounded_and_one_on_equal(seed, sigma, kind):
-    x, y, mask = pair(seed, (9, 10, 8), np.float32)
+    x, y, mask = masked_pair(seed, (9, 10, 8), np.float32)
     kw = options(kind, mask)
     s = ssim_map(x, y, sigma, **kw)
     assert s.dtype == np.float32
@@ -104,7 +101,7 @@ def test_every_variant_is_symmetric_bounded_and_one_on_equal(seed, sigma, kind):
 @quick
 @given(seeds, st.sampled_from(list(VARIANTS)))
 def test_every_ensemble_lies_between_its_scales(seed, kind):
-    x, y, mask = pair(seed, (9, 10, 8))
+    x, y, mask = masked_pair(seed, (9, 10, 8))
     kw = options(kind, mask)
     anomaly = np.stack([1 - ssim_map(x, y, s, **kw) for s in SIGMAS])
     ens, uniform = ssim_ens(x, y, **kw), ssim_uniform(x, y, **kw)
@@ -118,7 +115,7 @@ def test_every_ensemble_lies_between_its_scales(seed, kind):
 
 @variants
 def test_scores_by_name_take_the_options(kind):
-    x, y, mask = pair(dtype=np.float32)
+    x, y, mask = masked_pair(dtype=np.float32)
     kw = options(kind, mask)
     together = score_maps(x, y, SCORES, **kw)
     for s in SIGMAS: np.testing.assert_allclose(together[f"ssim_{s:g}"], 1 - ssim_map(x, y, s, **kw), atol=1e-6)
@@ -127,7 +124,7 @@ def test_scores_by_name_take_the_options(kind):
     np.testing.assert_array_equal(together["l1"], l1_map(x, y))
 
 def test_each_volume_of_a_stack_has_its_own_mask():
-    x, y, mask = pair(dtype=np.float32)
+    x, y, mask = masked_pair(dtype=np.float32)
     X, Y, masks = np.stack([x, y, x]), np.stack([y, x * 2, x]), np.stack([mask, ~mask, mask & False])
     out = ssim_map(X, Y, 1.1, mask=masks)
     for i in range(3): np.testing.assert_array_equal(out[i], ssim_map(X[i], Y[i], 1.1, mask=masks[i]))
@@ -135,7 +132,7 @@ def test_each_volume_of_a_stack_has_its_own_mask():
     for m in (torch.tensor(mask), mask.astype(np.uint8), mask.astype(np.uint16)): np.testing.assert_array_equal(ssim_map(x, y, 1.1, mask=m), out[0])
 
 def test_a_read_only_mask_is_no_cause_for_warnings(tmp_path):
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     np.save(tmp_path/"m.npy", mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,7 +150,7 @@ def test_constant_volumes_are_defined(kind, v, u):
 
 @variants
 def test_every_variant_refuses_nan_and_other_shapes(kind):
-    x, y, mask = pair()
+    x, y, mask = masked_pair()
     kw = options(kind, mask)
     for f in (lambda *a, **k: ssim_map(*a, .9, **k), ssim_ens, ssim_uniform, lambda *a, **k: score_maps(*a, ["ssim_0.3"], **k)):
         for bad in (np.nan, np.inf):
@@ -166,7 +163,7 @@ def test_every_variant_refuses_nan_and_other_shapes(kind):
             with pytest.raises(UadError, match="dims"): f(x, y, **kw | dict(dims=dims))
 
 def test_too_small_for_the_window():
-    x, y, _ = pair(shape=(24, 20, 6))
+    x, y, _ = masked_pair(shape=(24, 20, 6))
     with pytest.raises(UadError, match="7 voxels"): ssim_map(x, y, 1.7)
     assert ssim_map(x, y, 1.7, dims=2).shape == x.shape                                                            # slices may be few
     for v in (x, x * 0):
@@ -175,7 +172,7 @@ def test_too_small_for_the_window():
 def test_variances_need_float64():
     "E[x^2] - E[x]^2 in float32 errs by 1e-4 and more where the window is narrow and the image bright and smooth: that is why moments are taken in float64."
     from uad_study.scores import _blur
-    x, y, _ = pair(dtype=np.float32)
+    x, y, _ = masked_pair(dtype=np.float32)
     L = float(max(np.ptp(x), np.ptp(y)))
     def naive(dtype):
         a, b = (torch.tensor(v, dtype=dtype) for v in (x, y))
@@ -240,7 +237,7 @@ def test_region_holds_all_that_a_map_can_be(kw):
     from uad_study.core import from_dict
     from uad_study.evaluate import ScoreConfig, maps_of_reconstruction, maps_of_truth, perfect_names, region
     from uad_study.postprocess import postprocess
-    x, y, _ = pair(shape=(20, 22, 12), dtype=np.float32)
+    x, y, _ = masked_pair(shape=(20, 22, 12), dtype=np.float32)
     brain = ((np.indices(x.shape).T - (10, 11, 6)).T**2).sum(0) < 70
     lesion = (np.indices(x.shape)[0] > 12) & (np.abs(np.indices(x.shape)[1] - 11) < 4)                                            # reaches beyond the brain mask
     cohort = SimpleNamespace(images=x[None], brain_masks=brain[None], lesion_masks=lesion[None], ignore_masks=np.zeros_like(brain)[None])
@@ -253,8 +250,8 @@ def test_region_holds_all_that_a_map_can_be(kw):
         np.testing.assert_array_equal(whole[inside], m)
     assert maps_of_truth(cohort, 0, config).shape == (len(perfect_names()), inside.sum())
 
-@pytest.mark.parametrize("kw, error", [(dict(kernel_dims=1), "kernel_dims is 1"), (dict(min_voxels=-1), "min_voxels"), (dict(masked="no"), "masked"), (dict(median_first="no"), "median_first"),
-                                       (dict(components_in_search="yes"), "components_in_search")])
+@pytest.mark.parametrize("kw, error", [(dict(kernel_dims=1), "kernel_dims is 1"), (dict(min_voxels=-1), "min_voxels"),
+                                       (dict(median=4), "scores.median"), (dict(names=("ssim_30",)), "too wide")])
 def test_wrong_settings_are_refused(kw, error):
     from uad_study.core import from_dict
     from uad_study.evaluate import ScoreConfig

@@ -100,7 +100,7 @@ def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--tr
     _run("demo", None, out, False, "local", verbose)
 
 @app.command()
-def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, real-t1, paper, paper-data, released-code) or a YAML file.")], data: Data = None,
+def run(study: Annotated[str, typer.Argument(help="A packaged study (ablation, demo, demo-models, paper, paper-data, real-t1, released-code) or a YAML file.")], data: Data = None,
         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results (default: runs/STUDY).")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
         engine: Annotated[str, typer.Option(help="Where runs are executed: local.")] = "local", verbose: Verbose = False):

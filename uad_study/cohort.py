@@ -80,7 +80,7 @@ class Cohort:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.info = read_json(self.folder/"cohort.json", FORMAT)
-        self.table = pd.read_csv(self.folder/"volumes.csv", dtype={"subject_id": str}, keep_default_na=False, na_values=[""])     # somebody may be called NA
+        self.table = pd.read_csv(self.folder/"volumes.csv", dtype={"subject_id": str, "healthy_id": str}, keep_default_na=False, na_values=[""])     # somebody may be called NA
         for k in ARRAYS:
             a = open_array(self.folder/f"{k}.npy", len(self.table))
             setattr(self, k, a)

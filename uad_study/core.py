@@ -7,7 +7,7 @@ __all__ = ['log', 'UadError', 'setup_logging', 'os_error', 'atomic_file', 'atomi
            'read_json', 'nearest', 'choice', 'from_dict', 'read_yaml', 'digest', 'derive_seed', 'file_sha256']
 
 # %% ../nbs/00_core.ipynb #d5525f8d
-import difflib, errno, hashlib, json, logging, os, shutil
+import difflib, errno, hashlib, json, logging, math, os, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -110,19 +110,28 @@ def choice(name, known, what: str):
     return name
 
 def from_dict(cls, data: dict, where: str = ""):
-    "Fill dataclass `cls` from a mapping, strictly: unknown keys and wrong types raise a `UadError` naming `where` (a file or section)."
+    "Fill dataclass `cls` from a mapping, strictly: unknown keys, wrong types, infinite numbers and what `cls` itself refuses raise a `UadError` naming `where` (a file or section)."
     import dacite
-    def tuples(t): return lambda v: tuple(v) if isinstance(v, list) else v
     if not isinstance(data, dict): raise UadError(f"{where}: must be a mapping of settings, not {type(data).__name__}")
-    for f in fields(cls):
-        if str(f.type).startswith("tuple") and not isinstance(data.get(f.name, ()), (list, tuple)): raise UadError(f"{where}: setting {f.name!r} is {data[f.name]!r} but must be a list, such as [{data[f.name]}]")
+    for f in [f for f in fields(cls) if f.name in data]:
+        v, many = data[f.name], str(f.type).startswith("tuple")
+        if many and not isinstance(v, (list, tuple)): raise UadError(f"{where}: setting {f.name!r} is {v!r} but must be a list, such as [{'...' if v is None else v}]")
+        for x in v if many else [v]:
+            if isinstance(x, bool) and f.type is not bool: raise UadError(f"{where}: setting {f.name!r} is {x!r} but must be a number or a word")
+            if isinstance(x, float) and not math.isfinite(x): raise UadError(f"{where}: setting {f.name!r} is {x} but must be a finite number")
     config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: lambda v: float(v) if type(v) is int else v})
     try: return dacite.from_dict(cls, data, config)
+    except UadError as e: raise UadError(f"{where}: {e}" if where else str(e)) from None
     except dacite.UnexpectedDataError as e:
         for key in sorted(e.keys, key=str): raise UadError(f"{where}: unknown setting {key!r}: {nearest(key, [f.name for f in fields(cls)])}") from None
     except dacite.WrongTypeError as e:
-        raise UadError(f"{where}: setting {e.field_path!r} is {e.value!r} but must be of type {getattr(e.field_type, '__name__', e.field_type)}") from None
+        raise UadError(f"{where}: setting {e.field_path!r} is {e.value!r} but must be of type {getattr(e.field_type, '__name__', e.field_type)}{_as_number(e.value)}") from None
     except dacite.MissingValueError as e: raise UadError(f"{where}: setting {e.field_path!r} is missing") from None
+
+def _as_number(value) -> str:
+    "A hint for text that is a number to people but not to YAML, such as 1e-4."
+    try: return f": YAML takes it for text, write {float(value):f}".rstrip("0") if isinstance(value, str) else ""
+    except ValueError: return ""
 
 def read_yaml(path) -> dict:
     "The mapping in a YAML file (`yaml.safe_load`). Raises `UadError` naming file, line and column when it is not one."

@@ -16,14 +16,14 @@ from .metrics import auprc, best_threshold, best_threshold_components, dice, per
 from .models import RestoreConfig
 from .postprocess import components, postprocess
 from .reconstruct import reconstruct_cohort
-from .scores import SIGMAS, check_score, score_maps, ssim_map
+from .scores import SIGMAS, check_score, kernel_size, score_maps, sigma_of, ssim_map
 from .train import load_model
 from .volume import GRID_SHAPE, VOXEL_ML
 
 # %% ../nbs/40_evaluate.ipynb #aecb7398
 @dataclass(frozen=True)
 class ScoreConfig:
-    "How reconstructions are scored, post-processed and judged. Defaults: the paper's, with the baselines that belong beside them."
+    "How reconstructions are scored, post-processed and judged. Defaults: the paper's scores and the released code's order of erosion and median, with the baselines that belong beside them."
     names: tuple[str, ...] = ("intensity", "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_uniform", "ssim_ens")
     erode: int = 3                   # iterations of the in-plane erosion of the brain mask (released code, at 96x96)
     median: int = 5                  # edge of the median filter in voxels (paper)
@@ -36,13 +36,15 @@ class ScoreConfig:
     components_in_search: bool = False   # True: thresholds are the best after removal of small components; False: before (released code; the paper does not say)
 
     def __post_init__(self):
-        for n in self.names: check_score(n)
-        if not self.names or len(set(self.names)) < len(self.names): raise UadError(f"scores.names: {', '.join(self.names) or 'empty'}: name at least one score, and each once")
-        if not 0 < self.healthy_share <= 1 or self.healthy_ml < 0: raise UadError("scores: healthy_share must lie above 0 and up to 1, and healthy_ml be 0 or more")
-        if self.erode < 0 or self.median < 1 or self.median % 2 == 0 or self.min_voxels < 0: raise UadError("scores: erode and min_voxels must be 0 or more, and median odd")
         if self.kernel_dims not in (2, 3): raise UadError(f"scores.kernel_dims is {self.kernel_dims}: give 3 for SSIM in the volume, or 2 for SSIM in axial slices")
-        for n in ("masked", "median_first", "components_in_search"):
-            if not isinstance(getattr(self, n), bool): raise UadError(f"scores.{n} is {getattr(self, n)!r}: give true or false")
+        if not self.names or len(set(self.names)) < len(self.names): raise UadError(f"scores.names: {', '.join(self.names) or 'empty'}: name at least one score, and each once")
+        for n in self.names:
+            if (sigma := sigma_of(check_score(n))) and kernel_size(sigma) // 2 >= min(GRID_SHAPE[:self.kernel_dims]):
+                raise UadError(f"scores.names: {n} needs a window of {kernel_size(sigma)} voxels, too wide for volumes of {GRID_SHAPE}: use a smaller sigma")
+        for n in ("erode", "min_voxels", "healthy_ml"):
+            if getattr(self, n) < 0: raise UadError(f"scores.{n}: must be 0 or more, not {getattr(self, n)}")
+        if self.median < 1 or self.median % 2 == 0: raise UadError(f"scores.median: must be odd, 1 for none, not {self.median}")
+        if not 0 < self.healthy_share <= 1: raise UadError(f"scores.healthy_share: must lie above 0 and up to 1, not {self.healthy_share}")
 
     def names_for(self, contrast: str) -> tuple[str, ...]:
         "The scores of a contrast: on T1w, where lesions are dark, plain intensity is also tried upside down."

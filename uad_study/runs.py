@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'STUDY_KEYS', 'PARTS', 'STAGES', 'RUN', 'RESULT', 'THREADS', 'EngineConfig', 'ReportConfig', 'Entry', 'Study',
-           'packaged_studies', 'read_study', 'Run', 'plan', 'done', 'failed_subjects', 'stage_notebook',
+           'packaged_studies', 'read_study', 'Run', 'slug', 'plan', 'done', 'failed_subjects', 'stage_notebook',
            'check_parameters', 'injected_parameters', 'provenance', 'cores', 'pick_device', 'device_name', 'Ticker',
            'parallel_map', 'write_run', 'execute_run', 'write_metrics', 'main', 'resolve_engine', 'out_folder',
            'start_run', 'read_progress', 'publish', 'run_study']
@@ -29,6 +29,7 @@ class EngineConfig:
     threads: int = 0                 # CPU threads of each run (0: all cores shared among the slots)
 
     def __post_init__(self):
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"): raise UadError(f"engine.device: {self.device!r} is unknown: use auto, cpu, cuda or cuda:N")
         for k in ("slots", "threads"):
             if getattr(self, k) < 0: raise UadError(f"engine.{k}: must be 0 (choose for me) or more, not {getattr(self, k)}")
 
@@ -37,6 +38,10 @@ class ReportConfig:
     "What the report shows beyond the tables."
     steps_val: int = 2               # unhealthy validation volumes per pathology restored at each snapshot (Dice against training steps)
     steps_test: int = 4              # unhealthy test volumes per pathology restored at each snapshot
+
+    def __post_init__(self):
+        for k in ("steps_val", "steps_test"):
+            if getattr(self, k) < 0: raise UadError(f"report.{k}: must be 0 (none) or more, not {getattr(self, k)}")
 
 @dataclass(frozen=True)
 class Entry:
@@ -83,53 +88,28 @@ def read_study(study) -> Study:
     else: raise UadError(f"{study}: is neither a packaged study nor a YAML file: {nearest(study, packaged_studies())}")
     for k in raw:
         if k not in STUDY_KEYS: raise UadError(f"{where}: unknown setting {k!r}: {nearest(k, STUDY_KEYS)}")
-    if raw.get("format") != STUDY: raise UadError(f"{where}: is of format {raw.get('format')!r}, but {STUDY!r} is needed: add the line 'format: {STUDY}'")
-    section = lambda cls, k: from_dict(cls, raw.get(k) or {}, f"{where}, {k}")
-    data, prepare, report, engine = (section(c, k) for c, k in ((DataConfig, "data"), (PrepareConfig, "prepare"), (ReportConfig, "report"), (EngineConfig, "engine")))
-    for c, k in ((TrainConfig, "train"), (RestoreConfig, "restore"), (ScoreConfig, "scores")): section(c, k)
-    common = {k: raw.get(k) or {} for k in ("data", "train", "restore", "scores")}
-    entries, given = {}, {}
-    for i, m in enumerate(_list(raw, "models", ["ddpm"], where)):
-        at, m = f"{where}, models[{i}]", {"name": m} if isinstance(m, str) else m
-        if not isinstance(m, dict): raise UadError(f"{at}: must be a model's name or a mapping of settings, not {m!r}")
-        own = {k: _mapping(m, k, at) for k in ("train", "restore", "scores")}
-        parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
-        e = _entry(str(m.get("label", m.get("name", "ddpm"))), parts, at, bool(own["restore"]))
-        if e.label in entries: raise UadError(f"{where}, models: {e.label!r} appears twice: give one of them a label")
-        if e.label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
-        entries[e.label], given[e.label] = e, parts
-    bases = list(entries)
-    if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(bases)} has anything to set there: remove it")
-    for i, v in enumerate(_list(raw, "variants", [], where)):
-        at = f"{where}, variants[{i}]"
-        if not isinstance(v, dict): raise UadError(f"{at}: must be a mapping of what it changes, such as {{label: lower rate, train: {{lr: 0.0001}}}}, not {v!r}")
-        for k in v:
-            if k not in ("label", "of", *PARTS): raise UadError(f"{at}: unknown setting {k!r}: {nearest(k, ('label', 'of', *PARTS))}")
-        base = choice(v.get("of", bases[0]), bases, f"{at}.of")
-        own = {k: _mapping(v, k, at) for k in PARTS}
-        for k in ("source", "contrasts", "folds", "seed"):
-            if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
-        e = _entry("", {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
-        if "sampler_steps" in own["restore"] and e.restore.get("sampler") != "ddim": raise UadError(f"{at}, restore.sampler_steps: is for sampler ddim: set that too")
-        if "lr_period" in own["train"] and e.train["lr_schedule"] != "cosine": raise UadError(f"{at}, train.lr_period: is for lr_schedule cosine: set that too")
-        changed = [(f"{k}.{n}", getattr(entries[base], k).get(n), new) for k in PARTS for n, new in getattr(e, k).items() if getattr(entries[base], k).get(n) != new and n not in ("checkpoint_minutes", "snapshots")]
-        if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
-        label = f"{base}, " + str(v.get("label") or ", ".join(f"{n.partition('.')[2]} {new}" for n, _, new in changed))
-        if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
-        entries[label] = replace(e, label=label, base=base, says="; ".join(f"{n} {old} → {new}" for n, old, new in changed))
-    return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(data), _plain(prepare), tuple(entries.values()), _plain(report), engine)
+    if raw.get("format") != STUDY: raise UadError(f"{where}: is of format {raw.get('format')!r}, but {STUDY!r} is needed: write the line 'format: {STUDY}'")
+    checked = {k: from_dict(c, raw.get(k) or {}, f"{where}, {k}") for k, c in dict(data=DataConfig, prepare=PrepareConfig, train=TrainConfig, restore=RestoreConfig, scores=ScoreConfig, report=ReportConfig, engine=EngineConfig).items()}
+    entries = _variants(raw, where, *_models(raw, where))
+    return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(checked["data"]), _plain(checked["prepare"]), entries, _plain(checked["report"]), checked["engine"])
 
 def _plain(config) -> dict: return json.loads(json.dumps(asdict(config)))
 
 def _list(raw: dict, key: str, default: list, where: str) -> list:
-    value = raw.get(key) or default
+    value = default if raw.get(key) is None else raw[key]
     if not isinstance(value, list): raise UadError(f"{where}, {key}: must be a list, such as [{', '.join(default) or '{train: {lr: 0.0001}}'}], not {value!r}")
+    if default and not value: raise UadError(f"{where}, {key}: is empty: list at least one, such as [{', '.join(default)}]")
     return value
 
 def _mapping(raw: dict, key: str, where: str) -> dict:
     value = raw.get(key) or {}
     if not isinstance(value, dict): raise UadError(f"{where}, {key}: must be a mapping of settings, not {value!r}")
     return value
+
+def _label(raw: dict, default: str, where: str) -> str:
+    label = raw.get("label", default)
+    if not isinstance(label, str) or not label.strip(): raise UadError(f"{where}, label: must be text, not {label!r}: put it in quotes")
+    return label.strip()
 
 def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
     "A checked `Entry` of raw settings. `restore_set`: whether the entry itself says how to restore, which only some models can heed."
@@ -144,8 +124,49 @@ def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
     if restore_set and not restores: raise UadError(f"{where}, restore: the model {model.name!r} has nothing to set there: remove it")
     restore = from_dict(RestoreConfig, parts["restore"], f"{where}, restore") if restores else None
     if restore and restore.t_test >= model.timesteps: raise UadError(f"{where}, restore.t_test: {restore.t_test} is outside the schedule: choose 0 to {model.timesteps - 1}")
-    return Entry(label, _plain(from_dict(DataConfig, parts["data"], f"{where}, data")), _plain(model), _plain(train_config(model.name, parts["train"], f"{where}, train")),
+    train = train_config(model.name, parts["train"], f"{where}, train")
+    if "sampler_steps" in parts["restore"] and restore and restore.sampler != "ddim": raise UadError(f"{where}, restore.sampler_steps: is for the sampler ddim: set that too, or remove it")
+    if "lr_period" in parts["train"] and train.lr_schedule != "cosine": raise UadError(f"{where}, train.lr_period: is for lr_schedule cosine: set that too, or remove it")
+    return Entry(label, _plain(from_dict(DataConfig, parts["data"], f"{where}, data")), _plain(model), _plain(train),
                  _plain(restore) if restore else {}, _plain(from_dict(ScoreConfig, parts["scores"], f"{where}, scores")))
+
+# %% ../nbs/41_runs.ipynb #fd313566
+def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
+    "The entries of the section `models` by label, and the raw settings of each."
+    common, entries, given = {k: raw.get(k) or {} for k in ("data", "train", "restore", "scores")}, {}, {}
+    for i, m in enumerate(_list(raw, "models", ["ddpm"], where)):
+        at, m = f"{where}, models[{i}]", {"name": m} if isinstance(m, str) else m
+        if not isinstance(m, dict): raise UadError(f"{at}: must be a model's name or a mapping of settings, not {m!r}")
+        own = {k: _mapping(m, k, at) for k in ("train", "restore", "scores")}
+        parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
+        e = _entry("", parts, at, bool(own["restore"]))
+        label = _label(m, e.model["name"], at)
+        if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
+        if label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
+        entries[label], given[label] = replace(e, label=label), parts
+    if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(entries)} has anything to set there: remove it")
+    return entries, given
+
+def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, dict]) -> tuple[Entry, ...]:
+    "The entries of the models, then those of the section `variants`, each checked against its base."
+    entries = dict(bases)
+    for i, v in enumerate(_list(raw, "variants", [], where)):
+        at = f"{where}, variants[{i}]"
+        if not isinstance(v, dict): raise UadError(f"{at}: must be a mapping of what it changes, such as {{label: lower rate, train: {{lr: 0.0001}}}}, not {v!r}")
+        for k in v:
+            if k not in ("label", "of", *PARTS): raise UadError(f"{at}: unknown setting {k!r}: {nearest(k, ('label', 'of', *PARTS))}")
+        base = choice(v.get("of", next(iter(bases))), bases, f"{at}.of")
+        own = {k: _mapping(v, k, at) for k in PARTS}
+        for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
+            if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
+        e = _entry("", {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
+        old = {f"{k}.{n}": x for k in PARTS for n, x in getattr(bases[base], k).items()}
+        changed = {f"{k}.{n}": x for k in PARTS for n, x in getattr(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
+        if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
+        label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
+        if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
+        entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
+    return tuple(entries.values())
 
 # %% ../nbs/41_runs.ipynb #9f5122af
 STAGES = {"prepare": 2, "train": 2, "evaluate": 3, "report": 3}
@@ -162,29 +183,33 @@ class Run:
     parameters: dict
     needs: list = field(default_factory=list)     # folders of the runs it reads
 
+def slug(text: str) -> str:
+    "`text` as a part of a file name."
+    return "-".join(re.findall(r"[\w.]+", text))
+
 def plan(study: Study, data_dir=None) -> list[Run]:
     "The runs of a study, in an order in which each finds what it needs. Entries that agree in data and training share these runs."
-    def run(stage, name, parameters, needs, *more):
+    def run(stage, name, place, parameters, needs, *more):
         key = digest(stage, STAGES[stage], parameters, [n.key for n in needs], *more)
-        return Run(stage, f"{stage} {name}".strip(), "-".join([stage, *re.findall(r"[\w.]+", name), key]), key, parameters, [n.folder for n in needs])
+        return Run(stage, f"{stage} {name}".strip(), slug(f"{stage} {place} {key}"), key, parameters, [n.folder for n in needs])
     at, prepares, trains, evaluates = lambda r: f"../{r.folder}", {}, [], []
     for e in study.entries:
         if (k := digest(e.data)) not in prepares:
-            prepares[k] = run("prepare", e.label if prepares else "", dict(data_config=e.data) | (dict(prepare_config=study.prepare) if e.data["source"] == "real_t1" else {}), [], _content(study, e.data, data_dir))
+            prepares[k] = run("prepare", e.label if prepares else "", "", dict(data_config=e.data) | (dict(prepare_config=study.prepare) if e.data["source"] == "real_t1" else {}), [], _content(study, e.data, data_dir))
     prepare = next(iter(prepares.values()))
     for fold in range(study.data["folds"]):
         for contrast in study.data["contrasts"]:
             for i, e in enumerate(study.entries):
                 source, name = prepares[digest(e.data)], f"{contrast} {e.label} f{fold}"
                 common = dict(cohort_dir=f"{at(source)}/cohort", contrast=contrast, fold=fold)
-                t = run("train", name, common | dict(model_config=e.model, train_config=e.train), [source])
+                t = run("train", name, f"{contrast} {e.model['name']} f{fold}", common | dict(model_config=e.model, train_config=e.train), [source])
                 t = next((o for o in trains if o.key == t.key), t)
                 extra = study.report if not e.base else study.report | dict(steps_val=0, steps_test=0)         # snapshots tell about the models, not about each variant
                 trains.append(t)
-                evaluates.append(run("evaluate", name, common | dict(label=e.label, train_dir=at(t), restore_config=e.restore, score_config=e.scores, report_config=extra, perfect=fold == 0 and i == 0), [source, t]))
+                evaluates.append(run("evaluate", name, name, common | dict(label=e.label, train_dir=at(t), restore_config=e.restore, score_config=e.scores, report_config=extra, perfect=fold == 0 and i == 0), [source, t]))
     variants = [dict(label=e.label, base=e.base, says=e.says) for e in study.entries if e.base]
     work = list({r.folder: r for r in [*prepares.values(), *trains, *evaluates]}.values())
-    report = run("report", "", dict(title=study.title, study=study.name, cohort_dir=f"{at(prepare)}/cohort", train_dirs=[at(t) for t in trains], evaluate_dirs=[at(e) for e in evaluates],
+    report = run("report", "", "", dict(title=study.title, study=study.name, cohort_dir=f"{at(prepare)}/cohort", train_dirs=[at(t) for t in trains], evaluate_dirs=[at(e) for e in evaluates],
                                     variants=variants, out_dir="."), work)
     return [*work, report]
 
@@ -226,9 +251,9 @@ def _final(result: dict, key: str) -> bool:
     return result.get("key") == key and not (made.get("failed") and made.get("source") == "real_t1")
 
 def _cohort(out, needs) -> str | None:
-    "The hash of the cohort that a run reads (its first need prepared it); None where it reads none, or none is there."
-    try: return file_sha256(Path(out)/needs[0]/"cohort"/"cohort.json") if needs else None
-    except OSError: return None
+    "The hash of the cohort that a run reads (of all, for a report of several); None where it reads none, or none is there."
+    found = [file_sha256(f) for n in needs if (f := Path(out)/n/"cohort"/"cohort.json").is_file()]
+    return digest(found) if len(found) > 1 else found[0] if found else None
 
 def failed_subjects(out, run: Run) -> list[str]:
     "The subjects that a preparation of scans in `out` could not use, a sentence each."
@@ -281,7 +306,6 @@ def pick_device(device: str = "auto") -> str:
     "A torch device: 'auto' takes a GPU where there is one. Raises `UadError` when the named one is not there."
     import torch
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"): raise UadError(f"engine.device: {device!r} is unknown: use auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available(): raise UadError(f"engine.device: {device!r} is not there: no GPU is visible to torch {torch.__version__}: use cpu")
     return device
 

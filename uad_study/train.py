@@ -33,7 +33,7 @@ class TrainConfig:
     weight_decay: float = 0.0            # Adam's (Kascenas: 1e-5)
     clip_norm: float = 0.0               # gradients are scaled down to this norm (0: as they are)
     ema: float = 0.0                     # decay of a moving average of the weights, which is then what is judged and kept (0: none; 0.999 or 0.9999 are usual)
-    precision: str = "auto"              # 'bf16' (autocast), 'float32', or 'auto': bf16 on a GPU that has it (paper and released code: float32)
+    precision: str = "auto"              # 'bf16' (autocast), 'float32', or 'auto': bf16 on a GPU that has it (released code: float32; the paper says nothing)
     augment: bool = False                # the released code's augmentation of training slices (the paper says nothing)
     seed: int = 3141                     # (released code)
     val_every: int = 240                 # steps between validations
@@ -46,8 +46,8 @@ class TrainConfig:
         for k in ("steps", "batch_size", "val_every", "val_slices"):
             if getattr(self, k) < 1: raise UadError(f"train.{k}: must be at least 1, not {getattr(self, k)}")
         for k in ("lr_warmup", "lr_period", "weight_decay", "clip_norm", "checkpoint_minutes"):
-            if not 0 <= getattr(self, k) < math.inf: raise UadError(f"train.{k}: must be 0 or more, not {getattr(self, k)}")
-        if not 0 < self.lr < math.inf: raise UadError(f"train.lr: must be positive, not {self.lr}")
+            if getattr(self, k) < 0: raise UadError(f"train.{k}: must be 0 or more, not {getattr(self, k)}")
+        if self.lr <= 0: raise UadError(f"train.lr: must be positive, not {self.lr}")
         if not 0 <= self.ema < 1: raise UadError(f"train.ema: must be at least 0 and below 1, not {self.ema}")
         if bad := [s for s in self.snapshots if not 0 < s < self.steps]: raise UadError(f"train.snapshots: {bad[0]} is not between 1 and train.steps - 1 ({self.steps - 1})")
 
@@ -154,6 +154,7 @@ def memory(device, setting: str, mend: str):
         if isinstance(e, RuntimeError) and not any(w in str(e).lower() for w in ("out of memory", "can't allocate memory", "not enough memory")): raise
         raise UadError(f"{setting}: {device} has too little memory: {mend}") from None
 
+# %% ../nbs/33_train.ipynb #809866e4
 def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device="cpu", tick=None, look=None) -> dict:
     """Train a model on the healthy training volumes of a fold; goes on from `folder`/last.pt where there is one.
 
@@ -166,7 +167,7 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
     for s, r in rows.items():
         if not len(r): raise UadError(f"{cohort.folder}: has no healthy {contrast} volumes in split {s!r} of fold {fold}")
     index, validate, (_, precision) = slice_index(cohort, rows["train"]), FixedValidation(cohort, rows["val"], config), autocast(config, device)
-    settings = {"model": asdict(model_config), "train": asdict(config) | {"checkpoint_minutes": 0}, "data": dict(contrast=contrast, fold=fold, sha256=cohort.info["sha256"])}
+    settings = {"model": asdict(model_config), "train": asdict(config) | {"checkpoint_minutes": 0, "precision": precision}, "data": dict(contrast=contrast, fold=fold, sha256=cohort.info["sha256"])}
     model = build_model(model_config, derive_seed(config.seed, "weights")).to(device).train()
     ema = averaged(model, config.ema) if config.ema else None
     judged = ema.module if ema else model
