@@ -140,6 +140,6 @@ class TestDenoise:
     @pytest.mark.parametrize("source", [dict(source="prepared"), dict(source="real_t1", contrasts=["T1w"], folds=1)])
     def test_only_virtual_images(self, source):
         "Other sources are refused, pointing to the setting that does it; the strict reader takes the setting."
-        with pytest.raises(UadError, match=r"^data\.denoise: .*prepare\.denoise") as e: from_dict(DataConfig, source | dict(denoise=True), "data")
+        with pytest.raises(UadError, match=r"data\.denoise: .*prepare\.denoise") as e: from_dict(DataConfig, source | dict(denoise=True), "data")
         assert "\n" not in str(e.value)
         assert from_dict(DataConfig, dict(denoise=True), "data").denoise
