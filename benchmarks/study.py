@@ -1,7 +1,8 @@
 """The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT."""
 import sys
 from pathlib import Path
-from uad_study.report import NAMES, cautions, open_results, score_label, table_dice, table_restorations, table_tests, table_thresholds, table_variants
+from uad_study.results import NAMES, open_results, score_label
+from uad_study.tables import cautions, table_dice, table_restorations, table_tests, table_thresholds, table_variants
 
 
 def markdown(cells) -> str:
@@ -22,8 +23,8 @@ def auprc(r) -> list[list[str]]:
 def main(out, name):
     r = open_results(out)
     p, notes = r.evaluations[0]["provenance"], cautions(r)
-    commits = " and ".join(dict.fromkeys(str(q["provenance"]["commit"])[:12] + (" with changes" if q["provenance"]["dirty"] else "") for q in r.trainings + r.evaluations))
-    unique = {t["key"]: t for t in r.trainings}.values()
+    commits = " and ".join(dict.fromkeys(str(q["provenance"]["commit"])[:12] + (" with changes" if q["provenance"]["dirty"] else "") for q in r.trainings + r.evaluations if q))
+    unique = {t["key"]: t for t in r.trainings if t}.values()
     trainings = [["training", "parameters", "steps", "best step", "validation loss", "minutes"], *([t["label"], f"{q['parameters']:,}", q["steps"], q["best_step"], f"{q['best_val_loss']:.4f}", f"{q['train_seconds'] / 60:.1f}"] for t in unique for q in [t["results"]])]
     parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {commits}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
              "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), "## Dice (%)", markdown(table_dice(r)), "## SSIM-ens against l1", markdown(table_tests(r)),

@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from conftest import one_line, uad
 from uad_study.cohort import Cohort, Item, write_cohort
 from uad_study.models import MODELS, model_config
-from uad_study.report import open_results
+from uad_study.results import open_results
 from uad_study.train import TrainConfig, read_checkpoint, train, train_config
 from uad_study.viewer import restored_models
 from uad_study.volume import GRID_SHAPE

@@ -6,7 +6,7 @@ from conftest import TINY, command, one_line, uad
 from uad_study import cli, runs
 from uad_study.cohort import FORMAT
 from uad_study.core import UadError, file_sha256, write_json
-from uad_study.report import TABLE_COLUMNS
+from uad_study.results import TABLE_COLUMNS
 
 
 def result(out, stage): return json.loads(next(out.glob(f"{stage}-*/result.json")).read_text())

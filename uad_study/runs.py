@@ -169,7 +169,7 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
     return tuple(entries.values())
 
 # %% ../nbs/41_runs.ipynb #9f5122af
-STAGES = {"prepare": 2, "train": 2, "evaluate": 3, "report": 3}
+STAGES = {"prepare": 2, "train": 2, "evaluate": 4, "report": 4}
 "The stages of a study and the version of each: part of every key."
 RUN, RESULT = "uad-run/1", "uad-result/1"
 
@@ -209,7 +209,7 @@ def plan(study: Study, data_dir=None) -> list[Run]:
                 evaluates.append(run("evaluate", name, name, common | dict(label=e.label, train_dir=at(t), restore_config=e.restore, score_config=e.scores, report_config=extra, perfect=fold == 0 and i == 0), [source, t]))
     variants = [dict(label=e.label, base=e.base, says=e.says) for e in study.entries if e.base]
     work = list({r.folder: r for r in [*prepares.values(), *trains, *evaluates]}.values())
-    report = run("report", "", "", dict(title=study.title, study=study.name, cohort_dir=f"{at(prepare)}/cohort", train_dirs=[at(t) for t in trains], evaluate_dirs=[at(e) for e in evaluates],
+    report = run("report", "", "", dict(title=study.title, study=study.name, cohort_dir=f"{at(prepare)}/cohort", evaluate_dirs=[at(e) for e in evaluates],
                                     variants=variants, out_dir="."), work)
     return [*work, report]
 
