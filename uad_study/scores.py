@@ -118,25 +118,28 @@ def ssim_map(x, x_hat, sigma: float, data_range: float | None = None, *, mask=No
     return _each_volume(x, x_hat, lambda a, b, m: {0: next(_ssims(a, b, [sigma], data_range, m, dims))}, mask, dims)[0]
 
 # %% ../nbs/20_scores.ipynb #e6a9dff0
-def _ensembles(ssims):
+def _ensembles(ssims, temperature=1.0):
     "Ensembles of a sequence of SSIM maps, by softmax and by equal weights, as anomaly maps."
+    if not .01 <= temperature < math.inf: raise UadError(f"scores: the temperature is {temperature}: give 0.01 or more (1 is the paper's)")
     top, bottom, total, n = 0, 0, 0, 0
     for s in ssims:
-        e = torch.exp(-s)
+        e = torch.exp(-s / temperature)
         top, bottom, total, n = top + e * s, bottom + e, total + s, n + 1
     return {"ssim_ens": 1 - top / bottom, "ssim_uniform": 1 - total / n}
 
-def ssim_ens(x, x_hat, sigmas=SIGMAS, data_range: float | None = None, *, mask=None, dims: int = 3):
-    "SSIM-ens, an anomaly map (..., H, W, D): 1 - sum_i w_i SSIM_i with w = softmax(-SSIM) over `sigmas`, per voxel. Behrendt et al. 2024, eq. 4. Options and errors as `ssim_map`."
-    return _ensemble("ssim_ens", x, x_hat, sigmas, data_range, mask, dims)
+def ssim_ens(x, x_hat, sigmas=SIGMAS, data_range: float | None = None, *, mask=None, dims: int = 3, temperature: float = 1.0):
+    """SSIM-ens, an anomaly map (..., H, W, D): 1 - sum_i w_i SSIM_i with w = softmax(-SSIM / temperature) over `sigmas`, per voxel. Behrendt et al. 2024, eq. 4 (temperature 1).
+
+    The higher the `temperature`, the nearer to equal weights; the lower, the more the least similar scale decides alone. Other options and errors as `ssim_map`."""
+    return _ensemble("ssim_ens", x, x_hat, sigmas, data_range, mask, dims, temperature)
 
 def ssim_uniform(x, x_hat, sigmas=SIGMAS, data_range: float | None = None, *, mask=None, dims: int = 3):
     "Like `ssim_ens` with equal weights: 1 - mean_i SSIM_i."
     return _ensemble("ssim_uniform", x, x_hat, sigmas, data_range, mask, dims)
 
-def _ensemble(name, x, x_hat, sigmas, data_range, mask, dims):
+def _ensemble(name, x, x_hat, sigmas, data_range, mask, dims, temperature=1.0):
     if not len(sigmas): raise UadError("scores: the ensemble has no sigmas: give at least one")
-    return _each_volume(x, x_hat, lambda a, b, m: {name: _ensembles(_ssims(a, b, sigmas, data_range, m, dims))[name]}, mask, dims)[name]
+    return _each_volume(x, x_hat, lambda a, b, m: {name: _ensembles(_ssims(a, b, sigmas, data_range, m, dims), temperature)[name]}, mask, dims)[name]
 
 # %% ../nbs/20_scores.ipynb #fdd34f73
 _PLAIN = {"intensity": lambda a, b: a, "intensity_dark": lambda a, b: 1 - a, "l1": lambda a, b: (a - b).abs(), "l2": lambda a, b: (a - b).square()}
@@ -151,17 +154,17 @@ def check_score(name: str) -> str:
     "`name`, if it is a score's: one of `SCORES`, or 'ssim_S' for any sigma S in voxels. Else raises a `UadError` with the nearest known name."
     return name if sigma_of(name) else choice(name, SCORES, "scores.names")
 
-def score_maps(x, x_hat, names, data_range: float | None = None, *, mask=None, dims: int = 3) -> dict:
+def score_maps(x, x_hat, names, data_range: float | None = None, *, mask=None, dims: int = 3, sigmas=SIGMAS, temperature: float = 1.0) -> dict:
     """Anomaly maps (..., H, W, D) of the scores `names`, a dict in their order. SSIM is computed once per sigma, however many single scores and ensembles use it.
 
-    `data_range`, `mask`, `dims`: of the SSIM scores, as in `ssim_map`; the others do not look at them."""
+    `data_range`, `mask`, `dims`: of the SSIM scores, as in `ssim_map`; `sigmas`, `temperature`: of the ensembles, as in `ssim_ens`; the others do not look at them."""
     names = list(dict.fromkeys(check_score(n) for n in names))
     singles, ensembles = {n: s for n in names if (s := sigma_of(n))}, [n for n in names if n in ("ssim_ens", "ssim_uniform")]
-    sigmas = sorted({*singles.values(), *(SIGMAS if ensembles else ())})
+    scales = sorted({*singles.values(), *(sigmas if ensembles else ())})
     def one(a, b, m):
-        ssim = dict(zip(sigmas, _ssims(a, b, sigmas, data_range, m, dims)))
+        ssim = dict(zip(scales, _ssims(a, b, scales, data_range, m, dims)))
         maps = {n: f(a, b) for n, f in _PLAIN.items() if n in names} | {n: 1 - ssim[s] for n, s in singles.items()}
-        if ensembles: maps |= _ensembles(ssim[s] for s in SIGMAS)
+        if ensembles: maps |= _ensembles((ssim[s] for s in sigmas), temperature)
         return {n: maps[n] for n in names}
     return _each_volume(x, x_hat, one, mask, dims) if names else {}
 
