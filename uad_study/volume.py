@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID_SHAPE', 'SPACING', 'VOXEL_ML', 'GRID_AFFINE', 'Volume', 'load_volume', 'same_grid', 'load_labels', 'load_mask',
-           'save_volume', 'fingerprint']
+           'save_volume', 'load_map', 'fingerprint']
 
 # %% ../nbs/10_volume.ipynb #a094b635
 import gzip, zlib
@@ -125,6 +125,18 @@ def save_volume(path, data, affine, axes: str = "RAS"):
     image = image.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(axes)))
     image.header.set_xyzt_units("mm")
     with atomic_file(path) as tmp: nibabel.save(image, tmp)
+
+# %% ../nbs/10_volume.ipynb #00ecc524
+def load_map(path, affine=None) -> np.ndarray:
+    """Read an anomaly map or a restoration on the study's grid: float32 (96, 96, 50) in RAS order; it may be constant. `affine` (4, 4): where the grid lies, if that is known.
+
+    Raises `UadError` when the file can't be used, holds NaN, or lies on another grid."""
+    v = _open(path)
+    spacing = np.linalg.norm(v.affine[:3, :3], axis=0)
+    if v.data.shape != GRID_SHAPE or np.abs(spacing - SPACING).max() > .01:
+        raise UadError(f"{path}: lies on another grid, {v.data.shape} voxels of {', '.join(f'{s:.3g}' for s in spacing)} mm: make it on the study's, {GRID_SHAPE} of {SPACING:g} mm, which the prepared images have")
+    if affine is not None and not same_grid(v, Volume(v.data, np.asarray(affine)), .5): raise UadError(f"{path}: lies at another place than the images it was made for (its affine differs): write it with their affine")
+    return v.data
 
 # %% ../nbs/10_volume.ipynb #eae5b9e5
 def fingerprint(path, mask: bool = False) -> dict:
