@@ -3,7 +3,7 @@ import os, platform, subprocess, time
 from pathlib import Path
 import numpy as np, torch
 from uad_study import phantom
-from uad_study.evaluate import ScoreConfig
+from uad_study.judge import ScoreConfig
 from uad_study.metrics import best_threshold
 from uad_study.models import build_model, model_config, parameter_count
 from uad_study.noise import simplex_noise

@@ -235,7 +235,7 @@ def test_threshold_with_components_at_its_edges():
 def test_region_holds_all_that_a_map_can_be(kw):
     from types import SimpleNamespace
     from uad_study.core import from_dict
-    from uad_study.evaluate import ScoreConfig, maps_of_reconstruction, maps_of_truth, perfect_names, region
+    from uad_study.judge import ScoreConfig, maps_of_reconstruction, maps_of_truth, perfect_names, post_processed, region
     from uad_study.postprocess import postprocess
     x, y, _ = masked_pair(shape=(20, 22, 12), dtype=np.float32)
     brain = ((np.indices(x.shape).T - (10, 11, 6)).T**2).sum(0) < 70
@@ -243,17 +243,17 @@ def test_region_holds_all_that_a_map_can_be(kw):
     cohort = SimpleNamespace(images=x[None], brain_masks=brain[None], lesion_masks=lesion[None], ignore_masks=np.zeros_like(brain)[None])
     config, names = from_dict(ScoreConfig, dict(kw, names=["l1", "ssim_0.9", "ssim_ens"]), "scores"), ("l1", "ssim_0.9", "ssim_ens")
     inside = region(cohort, 0, config)
-    maps, plain = maps_of_reconstruction(cohort, 0, y, names, config), score_maps(x, y, names, mask=brain if config.masked else None, dims=config.kernel_dims)
+    maps, plain = post_processed(cohort, 0, maps_of_reconstruction(cohort, 0, y, names, config).values(), config), score_maps(x, y, names, mask=brain if config.masked else None, dims=config.kernel_dims)
     for n, m in zip(names, maps):
         whole = postprocess(plain[n], brain, config.erode, config.median, median_first=config.median_first)
         assert not whole[~inside].any() and whole.any()
         np.testing.assert_array_equal(whole[inside], m)
-    assert maps_of_truth(cohort, 0, config).shape == (len(perfect_names()), inside.sum())
+    assert post_processed(cohort, 0, maps_of_truth(cohort, 0).values(), config).shape == (len(perfect_names()), inside.sum())
 
 @pytest.mark.parametrize("kw, error", [(dict(kernel_dims=1), "kernel_dims is 1"), (dict(min_voxels=-1), "min_voxels"),
                                        (dict(median=4), "scores.median"), (dict(names=("ssim_30",)), "too wide")])
 def test_wrong_settings_are_refused(kw, error):
     from uad_study.core import from_dict
-    from uad_study.evaluate import ScoreConfig
+    from uad_study.judge import ScoreConfig
     with pytest.raises(UadError, match=error): ScoreConfig(**kw)
     with pytest.raises(UadError, match=error): from_dict(ScoreConfig, kw, "scores")

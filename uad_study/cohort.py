@@ -87,6 +87,10 @@ class Cohort:
 
     def __len__(self): return len(self.table)
 
+    def facts(self) -> dict:
+        "What two runs must share to belong together: source, space, settings of the preparation, data sets, number of volumes, hashes."
+        return {k: self.info.get(k) for k in ("source", "space", "prepare", "datasets", "n", "sha256")}
+
     def select(self, split=None, fold: int = 0, **where) -> np.ndarray:
         """Row numbers of a split ('train', 'val', 'test') of a fold, further narrowed by column values, e.g. `select('val', contrast='T2w', pathology='tumour')`.
 

@@ -75,7 +75,7 @@ def evaluate_maps(cohort: Cohort, contrast: str, fold: int, maps_of, names, fold
         parts.append(tables)
     one(lambda names: lambda r: [(m := maps_of(r))[n] for n in names], names, swept, label, "maps")
     if perfect: one(lambda names: lambda r: maps_of_truth(cohort, r).values(), perfect_names(), perfect_names(), "perfect map", "perfect")
-    return {k: pd.concat([p[k] for p in parts if len(p.get(k, ()))] or [pd.DataFrame()], ignore_index=True) for k in ("cases", "pooled", "curves", "calibration", "lesions", "post")}
+    return {k: pd.concat([p[k] for p in parts if len(p.get(k, ()))] or [pd.DataFrame()], ignore_index=True) for k in ("cases", "pooled", "curves", "calibration", "lesions", "post", "restorations", "steps")}
 
 def write_tables(folder, tables: dict[str, pd.DataFrame]):
     "Write each table to `folder` as csv, whole or not at all."
@@ -126,14 +126,14 @@ def kept_restorations(train_dir, rows, step: int, restore: dict | None = None) -
     return None
 
 def evaluate_again(cohort: Cohort, contrast: str, fold: int, train_dir, best_step: int, folder, config: ScoreConfig, label: str, restore: dict | None = None, perfect: bool = True,
-                   report: ReportConfig = ReportConfig(), tick=None) -> dict[str, pd.DataFrame]:
-    "`evaluate_restorations` of what `train_dir` keeps; no model is loaded. Raises `UadError` where the restorations are gone."
-    rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
+                   report: ReportConfig = ReportConfig(), tick=None, rows=None) -> dict[str, pd.DataFrame]:
+    "`evaluate_restorations` of what `train_dir` keeps (of `rows`; default: all of validation and test); no model is loaded. Raises `UadError` where the restorations are gone."
+    if rows is None: rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
     x_hat = kept_restorations(train_dir, rows, best_step, restore)
     if x_hat is None: raise UadError(f"{train_dir}: keeps no restorations of these volumes: run the study again, or name the folder of the results it was run in")
     few = few_rows(cohort, fold, contrast, report.steps_val, report.steps_test)
     steps = {info["step"] for f in Path(train_dir).glob("reconstructions-*") for info in [open_reconstructions(f)[1]]} - {best_step}
-    snapshots = {s: (lambda rs, kept=kept: kept) for s in sorted(steps) if (kept := kept_restorations(train_dir, np.concatenate([few["val"], few["test"]]), s, restore))}
+    snapshots = {s: (lambda rs, kept=kept: kept) for s in sorted(steps) if len(few["val"]) and len(few["test"]) and (kept := kept_restorations(train_dir, np.concatenate([few["val"], few["test"]]), s, restore))}
     return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label, perfect, report, snapshots | {best_step: lambda rs: x_hat}, tick)
 
 # %% ../nbs/40_evaluate.ipynb #d2c08295

@@ -7,7 +7,7 @@ __all__ = ['dice', 'best_threshold', 'best_threshold_components', 'auprc', 'lesi
            'lesion_f1', 'perfect_maps', 'bootstrap_interval', 'paired_test', 'holm']
 
 # %% ../nbs/22_metrics.ipynb #276a3b78
-import math
+import itertools, math
 import numpy as np
 from .core import UadError
 from .scores import SIGMAS, kernel_size
@@ -136,7 +136,7 @@ def volume_threshold(maps, masks, voxel_ml: float, max_ml: float = 1.0, share: f
     `maps`: post-processed maps of healthy scans, an iterable of arrays (taken one at a time); `masks`: their brain masks, or None to count every voxel; `voxel_ml`: mL of a voxel.
     -inf if so many scans are no larger than `max_ml`."""
     allowed, own = math.floor(max_ml / voxel_ml + 1e-9), []
-    for m, mask in zip(maps, maps if masks is None else masks):
+    for m, mask in zip(maps, itertools.repeat(None) if masks is None else masks):
         s = _array(m, "maps") if masks is None else _array(np.asarray(m)[np.asarray(mask) != 0], "maps")
         own.append(float(np.partition(s, s.size - 1 - allowed)[s.size - 1 - allowed]) if s.size > allowed else -math.inf)
     if not own or not 0 < share <= 1: raise UadError(f"metrics: {len(own)} healthy scans and share {share}: give scans, and a share above 0 up to 1")
