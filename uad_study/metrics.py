@@ -48,8 +48,9 @@ def _counts(scores, labels):
 
 def _cut(s, i) -> float:
     "The threshold between s[i - 1] < s[i] of the sorted scores `s`, as a number of their precision: s > threshold are the scores from i on."
-    if i == 0: return float(np.nextafter(s[0], s.dtype.type(-np.inf)))
-    with np.errstate(over="ignore"): middle = s[i - 1] + (s[i] - s[i - 1]) / 2
+    with np.errstate(over="ignore"):
+        if i == 0: return float(np.nextafter(s[0], s.dtype.type(-np.inf)))
+        middle = s[i - 1] + (s[i] - s[i - 1]) / 2
     return float(middle if middle < s[i] else s[i - 1])
 
 def best_threshold(scores, labels) -> tuple[float, float]:
