@@ -57,6 +57,12 @@ def test_larger_volumes_with_and_without_ties(seed, dtype, most, steps, share):
         volumes.append(((np.round(s * steps) / steps if steps else s).astype(dtype), rng.choice([l, l.astype(np.uint8)]) if rng.random() < .5 else l.astype(float)))
     check(volumes, most, (10,))
 
+def plateau(n, higher=None):
+    "n positives, then n times two others and a positive: Dice is 2/3 at each positive from the n-th on; a little higher at the one of number `higher`, whose neighbour it changes places with."
+    flat = np.tile([False, False, True], n)
+    if higher is not None: flat[3 * higher + 1:3 * higher + 3] = True, False
+    return np.linspace(1, 0, 4 * n, dtype=np.float32), np.r_[np.ones(n, bool), flat]
+
 def cases():
     rng = np.random.default_rng(0)
     n = 5000
@@ -75,8 +81,7 @@ def cases():
     yield "doubles that are one float", .1 + np.arange(n) * 1e-17, rng.random(n) < .5
     yield "the whole range", np.concatenate([rng.normal(size=n // 2), rng.normal(size=n // 2) * 1e38]).clip(-FAR, FAR).astype(np.float32), l
     yield "the largest", np.array([FAR, -FAR, FAR, 0, 0], np.float32), np.array([1, 0, 0, 0, 1])
-    flat = np.tile([True, False, False], n // 3)                                                                  # after as many positives, Dice is the same at every third voxel
-    yield "a plateau of Dice", np.linspace(1, 0, 2 * len(flat), dtype=np.float32), np.r_[np.ones(len(flat) // 3, bool), flat, np.zeros(2 * len(flat) - len(flat) - len(flat) // 3, bool)]
+    yield "a plateau of Dice", *plateau(800)
     yield "negative only", -rng.random(n, np.float32), l
     yield "integers", rng.integers(-4, 5, n), l
     yield "big-endian", rng.random(n).astype(">f4"), l
@@ -87,6 +92,12 @@ def cases():
 @pytest.mark.parametrize("name, s, l", list(cases()), ids=lambda v: v if isinstance(v, str) else "")
 def test_adversarial(name, s, l, most):
     check([(a, b) for a, b in zip(np.array_split(s, 7), np.array_split(l, 7))], most, (1, 30))
+
+@pytest.mark.parametrize("n, most", [(60, 16), (60, 17), (60, 40), (500, 64)])
+def test_the_optimum_is_found_anywhere_on_a_plateau(n, most):
+    for higher in [None, *range(0, n, 1 + n // 60)]:
+        s, l = plateau(n, higher)
+        assert Pooled(lambda: [(s, l)], most).best_threshold() == best_threshold(s, l)
 
 def test_against_brute_force_and_scikit_learn():
     rng = np.random.default_rng(1)
