@@ -71,6 +71,8 @@ class _Counted:
         if self.passes > 1 and n != self.n: raise UadError(f"streaming: {self.n} voxels in the first pass, {n} in pass {self.passes}: let volumes return the same from the start each time")
 
 # %% ../nbs/23_streaming.ipynb #449b1427
+_CHANGED = "streaming: other scores than in the pass before: let volumes return the same each time"
+
 def _inside(pool, cells):
     "One pass: of each piece, the voxels in `cells`, as the row of their cell, their key less its lowest, and their label."
     chosen = np.zeros(2**16, bool)
@@ -103,7 +105,7 @@ def _refine(pool, cells):
         low = cells.low[parent] + ((at & (1 << bits) - 1) << cells.width - bits)
     counts[:, 0] += counts[:, 1]
     sums = np.zeros_like(cells.counts); np.add.at(sums, parent, counts)
-    if (sums != cells.counts).any(): raise UadError("streaming: other scores than in the pass before: let volumes return the same each time")
+    if (sums != cells.counts).any(): raise UadError(_CHANGED)
     above = counts[::-1].cumsum(0)[::-1] - counts                             # counted from the top; of each cell its own top is taken off
     top = np.searchsorted(parent, np.arange(len(cells.low)), "right") - 1
     return _Cells(low, cells.width - bits, counts, above + (cells.above - above[top])[parent]), parent
@@ -184,6 +186,7 @@ def _average_precision(pool):
         if held is not None: area += (equal * ((held[2][1] + equal[::-1].cumsum()[::-1]) / (held[2][0] + reached + _reached(waiting, v)))).sum()
         if r is not None:
             v, equal = np.unique(np.concatenate(found), return_counts=True)
+            if equal.sum() != r[3][1]: raise UadError(_CHANGED)
             held, reached = (low, high, r[2]), 0
     return float(area / pool.n_positive)
 
@@ -218,7 +221,8 @@ class Pooled(_Counted):
         if not self.n_positive or points < 1: raise UadError(f"streaming: {self.n_positive} positives and {points} points: a precision-recall curve needs both")
         v, (predicted, tp) = (a.T for a in _ranked(self, np.unique(-(-np.arange(1, points + 1) * self.n_positive // points)), 1))
         one = np.r_[True, v[1:] != v[:-1]]
-        return dict(threshold=np.nextafter(v, v.dtype.type(-np.inf))[one], recall=(tp / self.n_positive)[one], precision=(tp / predicted)[one])
+        with np.errstate(over="ignore"): below = np.nextafter(v, v.dtype.type(-np.inf))
+        return dict(threshold=below[one], recall=(tp / self.n_positive)[one], precision=(tp / predicted)[one])
 
     def quantile_thresholds(self, fractions) -> np.ndarray:
         "For each of `fractions` (0 to below 1): the lowest score that at most this share of all voxels exceed, as `metrics.lesion_free_threshold` of all voxels. 1 to 3 further passes for float32."
