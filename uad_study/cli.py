@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOPPED', 'app', 'manifest_app', 'Out', 'Data', 'Verbose', 'What', 'Folder', 'Pathology', 'State', 'Space', 'Val',
            'Test', 'Folds', 'Seed', 'Table', 'main', 'Show', 'demo', 'run', 'prepare', 'status', 'report', 'clean',
-           'explore', 'check', 'record_hashes', 'make_splits', 'from_folder', 'from_bids']
+           'explore', 'check', 'record_hashes', 'make_splits', 'evaluate', 'from_folder', 'from_bids']
 
 # %% ../nbs/49_cli.ipynb #7868fd8c
 import os, sys
@@ -162,11 +162,15 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
             except (OSError, ValueError): print(f"unfinished {label}")
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("runs/demo")):
-    "Write report.html and the tables again from the finished runs of a folder of results, in seconds."
+def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders of results (default: runs/demo). Several are reported as one: folds from several machines, or methods judged on the same volumes.")] = None,
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None):
+    "Write the report and its tables from finished evaluations, in seconds. Says what is missing; refuses runs that don't belong together, naming the difference."
     from uad_study.report import write_report
-    from uad_study.results import open_results
-    write_report(open_results(out), out)
+    from uad_study.results import gather
+    folders = folders or [Path("runs/demo")]
+    out, results = out or (folders[0] if len(folders) == 1 else Path("runs/report")), gather(folders)
+    for n in results.notes: print(f"missing: {n}", file=sys.stderr)
+    write_report(results, out)
     print(f"report: {Path(out)/'report.html'}")
 
 @app.command()
@@ -247,6 +251,45 @@ def make_splits(out: Annotated[Path, typer.Option("--out", "-o", help="Folder fo
     from uad_study import manifest
     manifest.write_splits(out, seed)
     print(f"{out}: {len(manifest.PAPER_SIZES)} data sets")
+
+# %% ../nbs/49_cli.ipynb #a32c4e08
+@app.command()
+def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results whose restorations are judged again; with --maps, --reconstructions or --images: the volumes, of results or of what `uad prepare` wrote.")] = Path("runs/demo"),
+             out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; what is finished there is not done again.")] = Path("runs/evaluated"),
+             change: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="A setting of scores: median=3, erode=0, names=[l1, ssim_0.4], sigmas=[0.5, 1.5], temperature=0.2 ... May be given several times.")] = None,
+             maps: Annotated[Optional[Path], typer.Option(help="Judge anomaly maps: a folder of NIfTI files on the study's grid, SUBJECT_CONTRAST.nii.gz; sub-folders are scores, fold-0, fold-1 ... are folds.")] = None,
+             reconstructions: Annotated[Optional[Path], typer.Option(help="Judge another model's restorations: a folder of NIfTI files, named alike.")] = None,
+             images: Annotated[Optional[Path], typer.Option(help="Write the images of the volumes as NIfTI to this folder, with subjects.csv, for another method to work on; then stop.")] = None,
+             model: Annotated[str, typer.Option(help="What the tables call the method.")] = "", contrast: Annotated[str, typer.Option(help="Only this contrast: T1w or T2w.")] = "",
+             fold: Annotated[int, typer.Option(help="The fold that files are of, where there are no fold-K folders.")] = 0,
+             label: Annotated[str, typer.Option(help="What is added to the models' names when restorations are judged again, so that both can stand in one report.")] = "",
+             full: Annotated[bool, typer.Option("--full", help="Also what the report shows beyond the tables: other post-processings, snapshots of the training.")] = False,
+             workers: Annotated[int, typer.Option(help="Evaluations at the same time (0: one a core).")] = 0, verbose: Verbose = False):
+    "Judge without a model: kept restorations under other settings, or anybody's anomaly maps, with the same splits, thresholds, tests and tables."
+    from functools import partial
+    from uad_study.core import choice
+    from uad_study.rejudge import find_cohort, judge_again, judge_files, score_settings
+    from uad_study.report import write_report
+    from uad_study.runs import out_folder, parallel_map
+    setup_logging(verbose)
+    if sum(x is not None for x in (maps, reconstructions, images)) > 1: raise UadError("--maps, --reconstructions, --images: give one of them")
+    if contrast: choice(contrast, ("T1w", "T2w"), "--contrast")
+    extra = {} if full else dict(post_val=0, post_test=0, steps_val=0, steps_test=0)
+    if images:
+        from uad_study.cohort import Cohort
+        from uad_study.evaluate import export_images
+        print(f"{images}: {len(export_images(Cohort(find_cohort(source, out)), images, contrast, fold))} images, listed in subjects.csv")
+        return
+    with out_folder(out) as out:
+        if maps or reconstructions:
+            if label: raise UadError("--label: is for restorations that are judged again: use --model")
+            folder = maps or reconstructions
+            results = judge_files(source, out, folder, "maps" if maps else "reconstructions", model or folder.resolve().name, contrast, fold, score_settings(change or ()), {} if full else extra)
+        else:
+            if model or contrast: raise UadError("--model, --contrast: are for --maps and --reconstructions: restorations are judged again under their own names (see --label)")
+            results = judge_again(source, out, score_settings(change or ()), label, extra, partial(parallel_map, workers=workers or None))
+        write_report(results, out)
+    print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
 
 # %% ../nbs/49_cli.ipynb #96098fe8
 Folder = Annotated[Path, typer.Argument(help="The folder of scans.")]
