@@ -27,7 +27,7 @@ def test_case_rows(tiny_out):
     c = pd.read_csv(tiny_out/"cases.csv")
     assert not c.duplicated(["model", "pathology", "score", "fold", "subject_id", "threshold_from"]).any()
     tumour = c[(c.pathology == "tumour") & (c.model == "ddpm") & (c.score == "l1")]
-    assert set(tumour.threshold_from) == {"val", "val:ms", "healthy", "oracle"} and tumour.subject_id.nunique() == 2
+    assert set(tumour.threshold_from) == {"val", "val:ms", "healthy", "healthy:1%", "healthy:5%", "healthy:10%", "val, components inside", "oracle"} and tumour.subject_id.nunique() == 2
     assert (c[c.pathology == "healthy"].lesion_ml == 0).all() and c[c.pathology == "healthy"].dice.isna().all()
 
 

@@ -158,7 +158,7 @@ def _overlaps(pred, truth, ignore, connectivity):
         if np.shape(m) != shape or len(shape) != 3: raise UadError(f"metrics: {name} {np.shape(m)} and truth {shape}: give masks (H, W, D) on the same grid")
         masks.append(_binary(m, name).reshape(shape))
     if connectivity not in (6, 18, 26): raise UadError(f"metrics: connectivity is {connectivity}: choose 6, 18 or 26")
-    (p, n_p), (t, n_t) = (cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks[:2])
+    (p, n_p), (t, n_t) = (cc3d.connected_components(np.require(m, requirements="CW"), connectivity=connectivity, return_N=True) for m in masks[:2])             # cc3d refuses what is read-only
     p, t, hidden = p.ravel(), t.ravel(), (masks[2] & ~masks[1]).ravel()
     size_p, size_t = (np.bincount(a, minlength=n + 1)[1:] for a, n in ((p, n_p), (t, n_t)))
     unseen = np.bincount(p[hidden], minlength=n_p + 1)[1:] if ignore is not None else np.zeros(n_p, int)
