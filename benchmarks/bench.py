@@ -2,12 +2,13 @@
 import os, platform, subprocess, time
 from pathlib import Path
 import numpy as np, torch
+from scipy.ndimage import median_filter
 from uad_study import phantom
 from uad_study.judge import ScoreConfig
 from uad_study.metrics import best_threshold
 from uad_study.models import build_model, model_config, parameter_count
 from uad_study.noise import simplex_noise
-from uad_study.postprocess import components, postprocess
+from uad_study.postprocess import components, erode_mask, median3d, postprocess
 from uad_study.reconstruct import reconstruct_volume
 from uad_study.runs import provenance, read_study
 from uad_study.scores import score_maps, ssim_ens
@@ -31,7 +32,12 @@ def main(threads=1):
     rows.append(("simplex noise, 32 fields 96x96, 6 octaves", best(lambda: simplex_noise(32, 96, generator=g()))))
     rows.append((f"all {len(names)} scores of a volume", best(lambda: score_maps(x, x_hat, names))))
     rows.append(("SSIM-ens of a volume", best(lambda: ssim_ens(x, x_hat))))
-    rows.append(("post-processing of a map", best(lambda: postprocess(x, s.brain_mask))))
+    eroded = erode_mask(s.brain_mask)
+    noise = np.random.default_rng(0).random(eroded.shape, np.float32) * eroded                      # other than 0 everywhere in the brain, as a model's map is
+    for size in (3, 5):
+        assert np.array_equal(median3d(noise, size), median_filter(noise, size))
+        rows += [(f"median of {size}x{size}x{size} voxels, noise in an eroded brain: scipy.ndimage", best(lambda: median_filter(noise, size))), ("the same: median3d", best(lambda: median3d(noise, size)))]
+    rows.append(("post-processing of such a map", best(lambda: postprocess(noise, s.brain_mask))))
     rows.append(("components of a prediction", best(lambda: components(x > .4))))
     scores, labels = np.random.default_rng(0).random(1_500_000, np.float32), np.random.default_rng(1).random(1_500_000) > .95
     rows.append(("exact best threshold, 1.5 million voxels", best(lambda: best_threshold(scores, labels))))

@@ -19,28 +19,30 @@ def _numpy(a):
 
 def erode_mask(brain_mask, erode: int = 3):
     "`brain_mask` (..., H, W, D) eroded `erode` times in each axial slice (H, W) by a cross: bool, same shape. Outside the image counts as outside the brain."
-    from scipy.ndimage import binary_erosion
     mask, back = _numpy(brain_mask)
     if erode < 0: raise UadError(f"postprocess: erode is {erode}: give 0 or more")
-    cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)[:, :, None]
-    cross = cross.reshape((1,) * (mask.ndim - 3) + cross.shape)
-    return back(binary_erosion(mask != 0, cross, iterations=int(erode)) if erode else mask != 0)
+    mask = mask != 0
+    for _ in range(int(erode)):                                                     # a voxel stays if its four neighbours in the slice are in
+        p = np.pad(mask, [(0, 0)] * (mask.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
+        mask = mask & p[..., :-2, 1:-1, :] & p[..., 2:, 1:-1, :] & p[..., 1:-1, :-2, :] & p[..., 1:-1, 2:, :]
+    return back(mask)
 
 # %% ../nbs/21_postprocess.ipynb #4b96ff42
 def median3d(volume: np.ndarray, size: int = 5, where=None) -> np.ndarray:
     "Exactly `scipy.ndimage.median_filter(volume, size)` of a (H, W, D) array without NaN, for odd `size`; quick where most of it is 0. `where`: bool (H, W, D), 0 elsewhere."
     from numpy.lib.stride_tricks import sliding_window_view
-    half, total = size // 2, size**3
+    half, total, out = size // 2, size**3, np.zeros_like(volume)
     pad = np.pad(volume, half, mode="symmetric")
-    filled = (pad != 0).astype(np.int32)
-    for axis in range(3): filled = sliding_window_view(filled, size, axis=axis).sum(-1)        # voxels other than 0 in each window
-    at = np.nonzero(filled > total // 2 if where is None else (filled > total // 2) & where)
-    out, values, cube, step = np.zeros_like(volume), np.empty(len(at[0]), volume.dtype), sliding_window_view(pad, (size,) * 3), max(1, 2**18 // total)
-    for i in range(0, len(values), step):
-        window = cube[tuple(a[i:i + step] for a in at)].reshape(-1, total)
-        window.partition(total // 2, axis=1)
-        values[i:i + step] = window[:, total // 2]
-    out[at] = values
+    need = (pad != 0).astype(np.min_scalar_type(total))
+    for axis in range(3): need = sum(np.moveaxis(sliding_window_view(need, size, axis=axis), -1, 0))        # voxels other than 0 in each window
+    need = need > total // 2 if where is None else (need > total // 2) & where
+    for h in np.flatnonzero(need.any((1, 2))):
+        w, d = np.nonzero(need[h])
+        cross = sliding_window_view(pad[h:h + size, w[0]:w[-1] + size], size, axis=1)                       # (size, lines, voxels of a line, size)
+        lines = cross.transpose(1, 2, 0, 3).reshape(cross.shape[1], -1)
+        windows = sliding_window_view(lines, total, axis=1)[w - w[0], d * size**2]
+        windows.sort(axis=1)
+        out[h, w, d] = windows[:, total // 2]
     return out
 
 # %% ../nbs/21_postprocess.ipynb #e725c963
@@ -66,13 +68,13 @@ def postprocess(score, brain_mask, erode: int = 3, median: int = 5, *, median_fi
 # %% ../nbs/21_postprocess.ipynb #a58bd750
 def components(mask, min_voxels: int = 8, connectivity: int = 26):
     "`mask` (..., H, W, D) without its connected components of fewer than `min_voxels` voxels: bool, same kind. `connectivity`: 6, 18 or 26 neighbours."
-    from scipy.ndimage import generate_binary_structure, label
+    from cc3d import connected_components
     choice(connectivity, (6, 18, 26), "postprocess.connectivity")
     m, back = _numpy(mask)
     if m.ndim < 3: raise UadError(f"postprocess: the mask has shape {m.shape}: give volumes (..., H, W, D)")
-    m, structure = m != 0, generate_binary_structure(3, {6: 1, 18: 2, 26: 3}[connectivity])
+    m = m != 0
     def keep(volume):
-        labels, _ = label(volume, structure)
+        labels = connected_components(volume, connectivity=connectivity)
         large = np.bincount(labels.ravel()) >= min_voxels
         large[0] = False
         return large[labels]
