@@ -40,7 +40,7 @@ def _printed(draw):
         import matplotlib.pyplot as plt
         with plt.rc_context(PRINT):
             fig = draw(*args, **kw)
-            for ax in fig.axes if fig is not None else (): ax.tick_params(labelsize=7, width=.7, length=2.5, which="major"); ax.tick_params(labelsize=7, width=.5, length=1.5, which="minor")
+            for ax in fig.axes if fig is not None else (): ax.tick_params(which="both", labelsize=7, width=.6)
         return fig
     return drawn
 
@@ -76,6 +76,13 @@ def _legend(fig, axes, more=(), ncols: int = 5):
 def _pathologies(results: Results, model: str) -> list[str]:
     "The pathologies that a model was judged on."
     return [p for p in results.pathologies if len(results.rows(model=model, pathology=p))]
+
+# %% ../nbs/44_figures.ipynb #23799ca9
+def _log_x(ax):
+    "A logarithmic x axis with plain numbers: 1, 3, 10 ...; 1, 2, 5, 10 ... where it is short."
+    from matplotlib.ticker import LogLocator, NullFormatter
+    ax.set_xscale("log"); low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3), numticks=20)); ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/44_figures.ipynb #e65b7c77
 def _dice(results: Results, model: str, p: str, score: str) -> tuple:
@@ -133,7 +140,7 @@ def figure_post(results: Results, model: str | None = None):
     own = t[t.model == model]
     shown, medians, erodes = [p for p in results.pathologies if p in set(own.pathology)], sorted(own["median"].unique()), sorted(own.erode.unique())
     strip = bool((t.model == "perfect map").any())
-    fig, axes = plt.subplots((1 + strip) * len(shown), len(medians), figsize=(7.2, .6 + (1.6 + .55 * strip) * len(shown)), sharex=True, sharey="row", squeeze=False, height_ratios=([1, 3] if strip else [1]) * len(shown))
+    fig, axes = plt.subplots((1 + strip) * len(shown), len(medians), figsize=(7.2, .7 + (1.25 + .45 * strip) * len(shown)), sharex=True, sharey="row", squeeze=False, height_ratios=([1, 3] if strip else [1]) * len(shown))
     style = dict(zip(erodes[::-1], ["-", (0, (3, 1.5)), ":", "-."]))
     for (i, p), (j, m), e in [(a, b, e) for a in enumerate(shown) for b in enumerate(medians) for e in erodes]:
         at = t[(t.pathology == p) & (t["median"] == m) & (t.erode == e)]
@@ -150,7 +157,7 @@ def figure_post(results: Results, model: str | None = None):
             sigmas = [s for s in SIGMAS if (perfect.score == f"truth_{s:g}").any()]
             axes[2 * i, j].plot(sigmas, [_post_dice(perfect, f"truth_{s:g}") for s in sigmas], color=COLORS["perfect map"], ls=style[e])
             axes[2 * i, j].set(ylim=(0, 105), yticks=[0, 50, 100])
-        ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
+    for ax in axes[strip::1 + strip].flat: ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
     for j, m in enumerate(medians): axes[0, j].set_title("no median" if m == 1 else f"median {m}³ voxels"); axes[-1, j].set_xlabel(r"$\sigma$ (voxels)")
     for i, p in enumerate(shown): axes[(1 + strip) * i + strip, 0].set_ylabel(f"{fill(NAMES.get(p, p), 20)}\nDice (%)")
     line = lambda label, **kw: Line2D([], [], label=label, **kw)
@@ -224,18 +231,17 @@ def figure_size(results: Results, model: str | None = None, scores=("l1", "ssim_
             look, v = _look(score), g[g.score == score].groupby("patient_id")[["lesion_ml", "dice"]].mean().dropna()
             left.plot(v.lesion_ml, 100 * v.dice, marker=look["marker"], ls="", color=look["color"], ms=3.2, mew=0, alpha=.5, label=f"{score_label(score)}: a patient")
             line = _grouped(v); left.plot(line.lesion_ml, 100 * line.dice, color=look["color"], ls=look["ls"], lw=1.8, label=f"{score_label(score)}: groups of like volume")
-        left.set(xscale="log", ylim=(0, None), ylabel="Dice (%)")
+        _log_x(left); left.set(ylim=(0, None), ylabel="Dice (%)")
         left.set_title(f"{NAMES.get(p, p)}, {v.shape[0]} patients", loc="left")
         for ax in right:
             of = {s: found_by_size(found[(found.pathology == p) & (found.score == s)]) for s in scores if ((found.pathology == p) & (found.score == s)).any()}
             for k, (score, t) in enumerate(of.items()):
                 look, x = _look(score), t.mean_ml * 1.12**(2 * k - len(of) + 1)
                 ax.errorbar(x, 100 * t.found, yerr=100 * np.clip([t.found - t.lo, t.hi - t.found], 0, None), color=look["color"], marker=look["marker"], ls=look["ls"], lw=1.1, ms=4, elinewidth=1)
-            ax.set(xscale="log", ylim=(0, 118), yticks=[0, 25, 50, 75, 100], ylabel="lesions found (%)")
+            _log_x(ax); ax.set(ylim=(0, 118), yticks=[0, 25, 50, 75, 100], ylabel="lesions found (%)")
             for r in next(iter(of.values())).itertuples() if of else (): ax.text(r.mean_ml, 106, f"{r.n}", ha="center", va="bottom", fontsize=7, color="0.35")
             ax.set_title(f"n = {sum(next(iter(of.values())).n) if of else 0} lesions; in each group:", loc="left", fontsize=8, color="0.35")
     for ax, label in zip(axes[-1], ("lesion volume of the patient (mL)", "size of a lesion (mL)")): ax.set_xlabel(label)
-    for ax in axes.flat: ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     _legend(fig, axes[:, 0], ncols=2)
     return fig
 
@@ -245,7 +251,7 @@ def _rules(results: Results, model: str) -> dict:
     how, rules = asdict(ScoreConfig()) | results.score_config(model), set(results.cases[results.cases.model == model].threshold_from)
     sources = [p for p in NAMES if f"val:{p}" in rules or p in _pathologies(results, model)] + sorted(r[4:] for r in rules if r.startswith("val:") and r[4:] not in NAMES)
     shares = sorted((r for r in rules if r.startswith("healthy:")), key=lambda r: float(r[8:-1]))
-    names = {f"val:{p}": f"validation, {NAMES.get(p, p)}" for p in sources} | {"healthy": f"healthy, ≤ {how['healthy_ml']:g} mL in {how['healthy_share']:.0%}"}
+    names = {f"val:{p}": f"validation, {NAMES.get(p, p).lower()}" for p in sources} | {"healthy": f"healthy, ≤ {how['healthy_ml']:g} mL in {how['healthy_share']:.0%}"}
     return names | {r: f"healthy, {r[8:-1]} % of voxels" for r in shares} | {"oracle": "the test set itself"}
 
 def transfer(results: Results, model: str, score: str) -> pd.DataFrame:
@@ -265,7 +271,7 @@ def figure_transfer(results: Results, model: str | None = None, scores=("l1", "s
     if not tables: return None
     (lines, columns), beside, c = next(iter(tables.values())).shape, len(_pathologies(results, model)) <= 3, results.cases[results.cases.model == model]
     n = len(tables)
-    fig, axes = plt.subplots(*((1, n) if beside else (n, 1)), figsize=(2.1 + .95 * columns * (n if beside else 1), .9 + (.34 * lines + .3) * (1 if beside else n)), sharey=beside, squeeze=False)
+    fig, axes = plt.subplots(*((1, n) if beside else (n, 1)), figsize=(min(7.2, 2.4 + columns * (n if beside else 1)), .9 + (.31 * lines + .4) * (1 if beside else n)), sharey=beside, squeeze=False)
     for ax, (score, t) in zip(axes.flat, tables.items()):
         own = [f"val:{p}" if h == "val" else h for p in t for h in [headline_rule(c[(c.pathology == p) & (c.score == score)].threshold_from)]]
         base = np.array([t.loc[h, p] if h in t.index else np.nan for h, p in zip(own, t)])
@@ -274,13 +280,14 @@ def figure_transfer(results: Results, model: str | None = None, scores=("l1", "s
         for (i, j), v in np.ndenumerate(t.to_numpy()):
             color, boxed = "w" if abs(change[i, j]) > 70 else "k", t.index[i] == own[j]
             if v != v: ax.text(j, i, "–", ha="center", va="center", color="0.6"); continue
-            ax.text(j, i, f"{v:.1f}" if boxed or base[j] != base[j] else f"{v:.1f}  ", ha="center" if boxed or base[j] != base[j] else "right", va="center", color=color, weight="bold" if boxed else None)
-            if not boxed and base[j] == base[j]: ax.text(j, i, f"{v - base[j]:+.1f}", ha="left", va="center", color=color, fontsize=6.5)
+            alone = boxed or base[j] != base[j]
+            ax.text(j + (0 if alone else .02), i, f"{v:.1f}", ha="center" if alone else "right", va="center", color=color, weight="bold" if boxed else None)
+            if not alone: ax.text(j + .08, i, f"{v - base[j]:+.1f}".replace("-", "−"), ha="left", va="center", color=color, fontsize=6.5)
             if boxed: ax.add_patch(Rectangle((j - .48, i - .46), .96, .92, fill=False, lw=1.3))
-        ax.set_xticks(range(columns), [fill(NAMES.get(p, p), 14) for p in t]); ax.set_yticks(range(len(t)), [rules[r] for r in t.index]); ax.set_title(score_label(score))
+        ax.set_xticks(range(columns), [fill(NAMES.get(p, p), 16) for p in t]); ax.set_yticks(range(len(t)), [fill(rules[r], 26) for r in t.index]); ax.set_title(score_label(score))
         ax.spines[:].set_visible(False); ax.set_xticks(np.arange(columns + 1) - .5, minor=True); ax.set_yticks(np.arange(len(t) + 1) - .5, minor=True); ax.grid(which="minor", color="w", lw=1.5); ax.tick_params(which="both", length=0)
     fig.supylabel("threshold from", fontsize=8); fig.supxlabel("test set", fontsize=8)
-    bar = fig.colorbar(im, ax=axes, shrink=.8, aspect=30, pad=.015, label="change of Dice against the boxed (%)"); bar.outline.set_visible(False)
+    bar = fig.colorbar(im, ax=axes, shrink=.8, aspect=30, pad=.015, label="change against the boxed Dice (%)"); bar.outline.set_visible(False)
     return fig
 
 # %% ../nbs/44_figures.ipynb #68f16b83
@@ -327,6 +334,7 @@ def _operating_point(g: pd.DataFrame, pooled: pd.DataFrame) -> tuple:
 def figure_curves(results: Results, model: str | None = None):
     "Precision against recall over pooled test voxels, a panel per pathology: plain intensity, l1, the sigma with the highest Dice on validation, SSIM-ens. Returns a matplotlib figure, None without the table `curves`."
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator
     model, t = model or results.models[0], results.curves
     if not len(t) or not (t.model == model).any(): return None
     t, pooled = t[t.model == model], results.pooled[results.pooled.model == model]
@@ -344,8 +352,9 @@ def figure_curves(results: Results, model: str | None = None):
             ax.plot(*([v] for v in _operating_point(curve, q[q.score == score])), marker="o", ms=5.5, mfc="w", mec=look["color"], mew=1.3, ls="", zorder=5)
         coin = q.prevalence.mean()
         ax.axhline(coin, color=COLORS["perfect map"], lw=1); ax.text(.01, coin, f"coin: {coin:.3f}", fontsize=6.5, color="0.4", va="top", transform=ax.get_yaxis_transform())
-        ax.set(yscale="log", ylim=(coin / 2, 1), xlim=(0, 1)); ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}"); ax.yaxis.set_minor_formatter("")
-        ax.legend(title="area (AUPRC)", title_fontsize=6.5, fontsize=6.5, loc="upper right", handlelength=1.8, borderaxespad=.1, labelspacing=.25)
+        ax.set(yscale="log", ylim=(coin / 2, (2 / coin)**.42), xlim=(0, 1)); ax.spines["left"].set_bounds(coin / 2, 1)                      # room above 1 for the legend
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y <= 1 else ""); ax.yaxis.set_minor_formatter(""); ax.set_yticks([t for t in (1, .1, .01, .001, 1e-4) if t > coin / 2]); ax.yaxis.set_minor_locator(FixedLocator([a * 10.**-k for k in range(1, 5) for a in range(2, 10)]))
+        ax.legend(title="area under the curve", title_fontsize=6.5, fontsize=6.5, loc="upper center", ncols=2, handlelength=1.7, borderaxespad=0, labelspacing=.25, columnspacing=.8, handletextpad=.5)
     _named(pairs, shown, "recall", "precision")
     _legend(fig, [], [Line2D([], [], marker="o", ms=5.5, mfc="w", mec="0.3", mew=1.3, ls="", label="at the validation threshold"), Line2D([], [], color=COLORS["perfect map"], lw=1, label="a coin: precision is the prevalence")])
     return fig
@@ -387,15 +396,16 @@ def figure_fold_spread(results: Results, model: str | None = None, scores=("inte
     if results.rows(model=model).fold.nunique() < 2: return None
     shown, c = _pathologies(results, model), results.cases[results.cases.model == model]
     scores = [s for s in scores if len(results.rows(model=model, score=s))]
-    fig, pairs = _panels(len(shown), height=.55 + .3 * len(scores))
-    for i, ((_, ax), p) in enumerate(zip(pairs, shown)):
+    fig, pairs = _panels(len(shown), height=.5 + .34 * len(scores))
+    names = [{"ssim_val": "SSIM, sigma\nby validation", "ssim_uniform": "SSIM,\nuniform mean"}.get(s, score_label(s)) for s in scores]
+    for (_, ax), p in zip(pairs, shown):
         for y, score in enumerate(scores):
             t, color = results.rows(model=model, pathology=p, score=score), _look(score)["color"]
             g = c[(c.pathology == p) & (c.score == score)]
             v = per_patient(g[g.threshold_from == headline_rule(g.threshold_from)])
             ax.plot(100 * t.dice, np.full(len(t), y - .17), "o", color=color, ms=4, mew=.5, mec="w", alpha=.8)
             if len(v): lo, hi = bootstrap_interval(v); ax.errorbar([100 * v.mean()], [y + .17], xerr=100 * np.array([[v.mean() - lo], [hi - v.mean()]]) if lo == lo else None, fmt="|", ms=7, mew=1.5, lw=1.8, color=color)
-        ax.set(ylim=(len(scores) - .45, -.55), xlim=(0, None)); ax.set_yticks(range(len(scores)), [fill(score_label(s), 17) for s in scores] if ax.get_subplotspec().is_first_col() else []); ax.tick_params(axis="y", length=0); ax.grid(axis="x", color="0.93"); ax.set_axisbelow(True)
+        ax.set(ylim=(len(scores) - .45, -.55), xlim=(0, None)); ax.set_yticks(range(len(scores)), names if ax.get_subplotspec().is_first_col() else []); ax.tick_params(axis="y", length=0); ax.grid(axis="x", color="0.93"); ax.set_axisbelow(True)
     _named(pairs, shown, "Dice (%)", "")
     from matplotlib.lines import Line2D
     _legend(fig, [], [Line2D([], [], marker="o", ms=4, color="0.3", ls="", label="a fold"), Line2D([], [], marker="|", ms=7, mew=1.5, lw=1.8, color="0.3", label="mean and 95 % interval over patients")])
@@ -426,14 +436,15 @@ def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.
         r = int(test[np.argsort([c.lesion_masks[r].sum() for r in test])[len(test) // 2]])
         if (maps := results.maps(model, r, columns[2:-1])) is not None: rows.append((p, contrast, r, maps))
     if not rows: return None
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(7.2, .25 + 1.0 * len(rows)), squeeze=False)
-    for (p, contrast, r, maps), axs in zip(rows, axes):
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(7.2, .25 + .93 * len(rows)), squeeze=False)
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=0, hspace=0)
+    for k, ((p, contrast, r, maps), axs) in enumerate(zip(rows, axes)):
         lesion, inside = np.asarray(c.lesion_masks[r]), np.asarray(c.brain_masks[r])
         z, own = _slice_of(lesion), {"input": np.asarray(c.images[r]), "reconstruction": np.asarray(results.restoration(model, r)), "truth": lesion}
         for ax, name in zip(axs, columns):
             if name in own: _show(ax, own[name][:, :, z], cmap="gray", vmin=0, vmax=1)
             else: _show(ax, (maps[name] * inside)[:, :, z], cmap="inferno", vmin=0, vmax=np.quantile(maps[name][inside], .995))
-            if axs is axes[0]: ax.set_title({"reconstruction": "restoration"}.get(name) or score_label(name).replace(", sigma", r", $\sigma$"), fontsize=8)
+            if k == 0: ax.set_title({"reconstruction": "restoration"}.get(name) or score_label(name).replace(", sigma", r", $\sigma$"), fontsize=8)
         axs[0].set_ylabel(f"{fill(NAMES.get(p, p), 16)}\n{contrast}", fontsize=7)
     return fig
 
@@ -528,7 +539,7 @@ def figure_training(results: Results):
             m = g.groupby("step").dice.mean() * 100
             ax.plot(m.index, m, ls=style[model], color=COLORS[score], marker=_look(score)["marker"], ms=3)
         ax.set(title=NAMES.get(p, p), ylim=(0, None), ylabel="Dice (%)" if k == 0 or ax.get_subplotspec().is_first_col() else "")
-    for _, ax in pairs: ax.set_xlabel("training step"); ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}"); ax.xaxis.set_major_locator(__import__("matplotlib.ticker").ticker.MaxNLocator(5))
+    for _, ax in pairs: ax.set_xlabel("training step"); ax.locator_params(axis="x", nbins=5); ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
     line = lambda label, **kw: Line2D([], [], label=label, **kw)
     _legend(fig, [], [*(line(k, color=v) for k, v in colors.items() if any(t["parameters"]["contrast"] == k for t, _, _ in runs)), *(line(score_label(s), color=COLORS[s], marker=_look(s)["marker"], ms=3) for s in ("l1", "ssim_ens") if pathologies),
                       *(line(m, color="0.3", ls=style[m], lw=1.2) for m in results.models if len(results.models) > 1)])
