@@ -64,14 +64,19 @@ def _named(pairs, names, xlabel: str, ylabel: str):
     for i, ((top, ax), p) in enumerate(zip(pairs, names)):
         (ax if top is None else top).set_title(NAMES.get(p, p))
         if i + columns >= len(pairs): ax.set_xlabel(xlabel)
-        if i % columns == 0: ax.set_ylabel(ylabel)
+        if i % columns == 0:
+            ax.set_ylabel(ylabel)
+            if top is not None: top.set_ylabel("ceiling", fontsize=7)
 
 def _legend(fig, axes, more=(), ncols: int = 5):
-    "One legend below the panels for the labelled things in `axes`, each once, then the handles `more`."
+    "One legend below the panels, as wide as the figure allows, for the labelled things in `axes`, each once, then the handles `more`."
     found = {}
     for ax in axes: found |= {l: h for h, l in zip(*ax.get_legend_handles_labels()) if l not in found}
     handles = [*found.values(), *more]
-    fig.legend(handles, [*found, *(h.get_label() for h in more)], loc="outside lower center", ncols=min(ncols, len(handles)), columnspacing=1.4, handlelength=2.2)
+    for n in range(min(ncols, len(handles)), 0, -1):
+        legend = fig.legend(handles, [*found, *(h.get_label() for h in more)], loc="outside lower center", ncols=n, columnspacing=1.4, handlelength=2.2)
+        if n == 1 or legend.get_window_extent(fig.canvas.get_renderer()).width < fig.bbox.width: return
+        legend.remove()
 
 def _pathologies(results: Results, model: str) -> list[str]:
     "The pathologies that a model was judged on."
@@ -82,7 +87,7 @@ def _log_x(ax):
     "A logarithmic x axis with plain numbers: 1, 3, 10 ...; 1, 2, 5, 10 ... where it is short."
     from matplotlib.ticker import LogLocator, NullFormatter
     ax.set_xscale("log"); low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3), numticks=20)); ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5) if high < 80 * low else (1, 3), numticks=20)); ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/44_figures.ipynb #e65b7c77
 def _dice(results: Results, model: str, p: str, score: str) -> tuple:
@@ -91,11 +96,11 @@ def _dice(results: Results, model: str, p: str, score: str) -> tuple:
     mean, std = mean_std(t)
     return (mean, mean - std, mean + std) if std == std else (mean, 100 * t.dice_lo.mean(), 100 * t.dice_hi.mean())
 
-def _band_handle(results: Results, model: str):
+def _band_handle(results: Results, model: str, what: str = "band"):
     "What a band is, for a legend."
     from matplotlib.patches import Patch
     n = results.rows(model=model).fold.nunique()
-    return Patch(facecolor="0.5", alpha=.3, label=f"band: ± 1 SD over {n} folds" if n > 1 else "band: 95 % interval over patients")
+    return Patch(facecolor="0.5", alpha=.4, label=f"{what}: ± 1 SD over {n} folds" if n > 1 else f"{what}: 95 % interval over patients")
 
 def _by_sigma(results: Results, model: str, p: str, kind: str) -> tuple:
     "The sigmas that a model has, and mean and band of Dice at each, (3, n) in percent; `kind`: 'ssim' or 'truth'."
@@ -109,20 +114,22 @@ def figure_sigma(results: Results, model: str | None = None):
     shown, strip = _pathologies(results, model), len(results.rows(model="perfect map")) > 0
     fig, pairs = _panels(len(shown), strip=strip)
     for (top, ax), p in zip(pairs, shown):
-        for score in ("l1", "ssim_ens"):
+        for x, score in ((1.83, "l1"), (1.91, "ssim_ens")):
             mean, lo, hi = _dice(results, model, p, score)
-            if mean == mean: ax.axhline(mean, **_look(score) | dict(marker=""), label=score_label(score)); ax.axhspan(lo, hi, color=COLORS[score], alpha=.13, lw=0)
+            if mean != mean: continue
+            ax.axhline(mean, **_look(score) | dict(marker=""), label=score_label(score))
+            if lo == lo: ax.plot([x, x], [lo, hi], color=COLORS[score], lw=2.6, alpha=.75, solid_capstyle="butt")
         sigmas, (mean, lo, hi) = _by_sigma(results, model, p, "ssim")
         if sigmas:
             ax.plot(sigmas, mean, **_look("ssim"), label="SSIM at one sigma"); ax.fill_between(sigmas, lo, hi, color=COLORS["ssim"], alpha=.2, lw=0)
             best = int(np.nanargmax(mean)); ax.plot(sigmas[best], mean[best], "*", color=COLORS["ssim"], mec="k", mew=.6, ms=11, zorder=5, label="best sigma on the test set")
-        ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
+        ax.set(ylim=(0, None), xlim=(.2, 1.97), xticks=np.arange(.3, 1.8, .4))
         if not strip: continue
         sigmas, (mean, lo, hi) = _by_sigma(results, "perfect map", p, "truth")
         top.plot(sigmas, mean, **_look("truth") | dict(ms=3), label="ceiling: truth, blurred"); top.fill_between(sigmas, lo, hi, color=COLORS["perfect map"], alpha=.25, lw=0)
-        top.set(ylim=(0, 105), yticks=[0, 50, 100], xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4), xticklabels=[])
+        top.set(ylim=(0, 105), yticks=[0, 50, 100], xlim=(.2, 1.97), xticks=np.arange(.3, 1.8, .4), xticklabels=[])
     _named(pairs, shown, r"$\sigma$ (voxels)", "Dice (%)")
-    _legend(fig, [a for pair in pairs[:1] for a in pair if a is not None], [_band_handle(results, model)], ncols=3)
+    _legend(fig, [a for pair in pairs[:1] for a in pair if a is not None], [_band_handle(results, model, "bands, bars")], ncols=3)
     return fig
 
 # %% ../nbs/44_figures.ipynb #f4fbe700
@@ -159,7 +166,9 @@ def figure_post(results: Results, model: str | None = None):
             axes[2 * i, j].set(ylim=(0, 105), yticks=[0, 50, 100])
     for ax in axes[strip::1 + strip].flat: ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
     for j, m in enumerate(medians): axes[0, j].set_title("no median" if m == 1 else f"median {m}³ voxels"); axes[-1, j].set_xlabel(r"$\sigma$ (voxels)")
-    for i, p in enumerate(shown): axes[(1 + strip) * i + strip, 0].set_ylabel(f"{fill(NAMES.get(p, p), 20)}\nDice (%)")
+    for i, p in enumerate(shown):
+        axes[(1 + strip) * i + strip, 0].set_ylabel(f"{fill(NAMES.get(p, p), 20)}\nDice (%)")
+        if strip: axes[2 * i, 0].set_ylabel("ceiling", fontsize=7)
     line = lambda label, **kw: Line2D([], [], label=label, **kw)
     _legend(fig, [], [line("SSIM at one sigma", color=COLORS["ssim"], marker="o", ms=2.5), line("l1", color=COLORS["l1"]), line("SSIM-ens", color=COLORS["ssim_ens"]), *([line("ceiling: truth, blurred", color=COLORS["perfect map"])] if strip else []),
                       line("best sigma", color=COLORS["ssim"], marker="*", mec="k", mew=.5, ms=9, ls=""), *(line(f"erosion {e}" if e else "no erosion", color="k", lw=1.1, ls=style[e]) for e in erodes)], ncols=4)
@@ -251,7 +260,7 @@ def _rules(results: Results, model: str) -> dict:
     how, rules = asdict(ScoreConfig()) | results.score_config(model), set(results.cases[results.cases.model == model].threshold_from)
     sources = [p for p in NAMES if f"val:{p}" in rules or p in _pathologies(results, model)] + sorted(r[4:] for r in rules if r.startswith("val:") and r[4:] not in NAMES)
     shares = sorted((r for r in rules if r.startswith("healthy:")), key=lambda r: float(r[8:-1]))
-    names = {f"val:{p}": f"validation, {NAMES.get(p, p).lower()}" for p in sources} | {"healthy": f"healthy, ≤ {how['healthy_ml']:g} mL in {how['healthy_share']:.0%}"}
+    names = {f"val:{p}": f"validation, {NAMES.get(p, p).lower()}" for p in sources} | {"healthy": f"healthy, ≤ {how['healthy_ml']:g} mL in {100 * how['healthy_share']:g} %"}
     return names | {r: f"healthy, {r[8:-1]} % of voxels" for r in shares} | {"oracle": "the test set itself"}
 
 def transfer(results: Results, model: str, score: str) -> pd.DataFrame:
@@ -295,6 +304,7 @@ def figure_transfer(results: Results, model: str | None = None, scores=("l1", "s
 def figure_thresholds(results: Results, model: str | None = None, scores=("l1", "ssim_ens")):
     "The thresholds themselves, one mark per fold and rule, a panel per score and a line per test pathology. Returns a matplotlib figure."
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     model = model or results.models[0]
     c, shown = results.cases[results.cases.model == model], _pathologies(results, model)
     scores = [s for s in scores if (c.score == s).any()]
@@ -308,10 +318,10 @@ def figure_thresholds(results: Results, model: str | None = None, scores=("l1", 
             at = c[(c.score == score) & (c.pathology == p)].groupby(["threshold_from", "fold"]).threshold.mean().reset_index()
             for label, (of, look, dy) in kinds.items():
                 g = at[[of(r) for r in at.threshold_from]]
-                ax.plot(g.threshold, np.full(len(g), y + dy), **{"color": COLORS[score]} | look, ls="", alpha=.85, label=label if y == 0 else None)
+                ax.plot(g.threshold, np.full(len(g), y + dy), **{"color": COLORS[score]} | look, ls="", alpha=.85)
         ax.set(title=score_label(score), xlabel="threshold", ylim=(len(shown) - .5, -.5)); ax.set_yticks(range(len(shown)), [fill(NAMES.get(p, p), 16) for p in shown]); ax.set_yticks(np.arange(len(shown) + 1) - .5, minor=True)
         ax.grid(axis="y", which="minor", color="0.9"); ax.tick_params(axis="y", which="both", length=0); ax.spines["left"].set_visible(False)
-    _legend(fig, axes.flat[:1], ncols=3)
+    _legend(fig, [], [Line2D([], [], **{"color": "0.35"} | look, ls="", label=label) for label, (_, look, _) in kinds.items()], ncols=3)
     return fig
 
 # %% ../nbs/44_figures.ipynb #70ddab1e
@@ -479,8 +489,9 @@ def _draw_cases(results: Results, model: str, lines, scores):
     drawn = [(text, r, {s: case_result(results, model, int(r["row"]), s, r[f"threshold {s}"], int(r["fold"])) if r["row"] >= 0 else None for s in scores}) for text, r in lines]
     if not drawn or any(of is None for _, _, d in drawn for of in d.values()): return None
     c, width = results.cohort, 2 + 2 * len(scores)
-    side = min(1.75, 7.2 / width)
-    fig, axes = plt.subplots(len(drawn), width, figsize=(side * width, .45 + (side * 1.0 + .22) * len(drawn)), squeeze=False)
+    side = min(1.45, 7.2 / width)
+    fig, axes = plt.subplots(len(drawn), width, figsize=(side * width, .75 + (side / .83 + .2) * len(drawn)), squeeze=False)
+    fig.get_layout_engine().set(w_pad=.015, h_pad=.02, wspace=0, hspace=0)
     for axs, (text, r, d) in zip(axes, drawn):
         row = int(r["row"])
         x, x_hat, lesion, brain = np.asarray(c.images[row]), np.asarray(results.restoration(model, row, int(r["fold"]))), np.asarray(c.lesion_masks[row]), np.asarray(c.brain_masks[row])
@@ -489,8 +500,8 @@ def _draw_cases(results: Results, model: str, lines, scores):
         for k, s in enumerate(scores):
             _show(axs[2 + 2 * k], d[s]["map"][i, j, z], cmap="inferno", vmin=0, vmax=max(np.quantile(d[s]["map"][brain], .998), 1e-6))
             _show(axs[3 + 2 * k], overlay(x[:, :, z], d[s]["found"][:, :, z], lesion[:, :, z])[i, j])
-        axs[0].set_title(text, loc="left", fontsize=8)
-    for ax, label in zip(axes[-1], ["input", "restoration", *(l for s in scores for l in (f"{score_label(s)}: map", "result" if len(scores) == 1 else f"{score_label(s)}: result"))]): ax.set_xlabel(label)
+        axs[0].set_title(text, loc="left", fontsize=8).set_in_layout(False); axs[1].set_title(" ", fontsize=8)        # the text may run over all columns; the blank keeps its height
+    for ax, label in zip(axes[-1], ["input", "restoration", *(l for s in scores for l in (f"{score_label(s)},\npost-processed", f"{score_label(s)},\nresult"))]): ax.set_xlabel(label, fontsize=7.5)
     _legend(fig, [], [Patch(color=np.array(v) / 255, label=k) for k, v in RESULT_COLORS.items()])
     return fig
 
