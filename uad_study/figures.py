@@ -75,7 +75,7 @@ def _legend(fig, axes, more=(), ncols: int = 5):
     handles = [*found.values(), *more]
     for n in range(min(ncols, len(handles)), 0, -1):
         legend = fig.legend(handles, [*found, *(h.get_label() for h in more)], loc="outside lower center", ncols=n, columnspacing=1.4, handlelength=2.2)
-        if n == 1 or legend.get_window_extent(fig.canvas.get_renderer()).width < fig.bbox.width: return
+        if n == 1 or legend.get_window_extent(fig.canvas.get_renderer()).width < .97 * fig.bbox.width: return
         legend.remove()
 
 def _pathologies(results: Results, model: str) -> list[str]:
@@ -218,10 +218,10 @@ def found_by_size(lesions: pd.DataFrame, edges=LESION_ML) -> pd.DataFrame:
 
 # %% ../nbs/44_figures.ipynb #c1c38834
 def _grouped(v: pd.DataFrame, least: int = 4, most: int = 6) -> pd.DataFrame:
-    "Means of Dice over groups of patients of like lesion volume (geometric mean), `least` or more in each; none for fewer than two groups."
+    "Means of Dice over groups of patients of like lesion volume (geometric mean), `least` or more in each; none for fewer than three groups."
     k = min(most, len(v) // least)
     v = v.sort_values("lesion_ml")
-    parts = np.array_split(np.arange(len(v)), k) if k > 1 else []
+    parts = np.array_split(np.arange(len(v)), k) if k > 2 else []
     return pd.DataFrame([dict(lesion_ml=np.exp(np.log(v.lesion_ml.iloc[i]).mean()), dice=v.dice.iloc[i].mean()) for i in parts], columns=["lesion_ml", "dice"])
 
 @_printed
@@ -238,8 +238,8 @@ def figure_size(results: Results, model: str | None = None, scores=("l1", "ssim_
         g = g[g.threshold_from == headline_rule(g.threshold_from)]
         for score in scores:
             look, v = _look(score), g[g.score == score].groupby("patient_id")[["lesion_ml", "dice"]].mean().dropna()
-            left.plot(v.lesion_ml, 100 * v.dice, marker=look["marker"], ls="", color=look["color"], ms=3.2, mew=0, alpha=.5, label=f"{score_label(score)}: a patient")
-            line = _grouped(v); left.plot(line.lesion_ml, 100 * line.dice, color=look["color"], ls=look["ls"], lw=1.8, label=f"{score_label(score)}: groups of like volume")
+            left.plot(v.lesion_ml, 100 * v.dice, marker=look["marker"], ls="", color=look["color"], ms=4, mew=0, alpha=.55, clip_on=False, label=f"{score_label(score)}: a patient")
+            if len(line := _grouped(v)): left.plot(line.lesion_ml, 100 * line.dice, color=look["color"], ls=look["ls"], lw=1.8, label=f"{score_label(score)}: groups of like volume")
         _log_x(left); left.set(ylim=(0, None), ylabel="Dice (%)")
         left.set_title(f"{NAMES.get(p, p)}, {v.shape[0]} patients", loc="left")
         for ax in right:
@@ -321,7 +321,7 @@ def figure_thresholds(results: Results, model: str | None = None, scores=("l1", 
                 ax.plot(g.threshold, np.full(len(g), y + dy), **{"color": COLORS[score]} | look, ls="", alpha=.85)
         ax.set(title=score_label(score), xlabel="threshold", ylim=(len(shown) - .5, -.5)); ax.set_yticks(range(len(shown)), [fill(NAMES.get(p, p), 16) for p in shown]); ax.set_yticks(np.arange(len(shown) + 1) - .5, minor=True)
         ax.grid(axis="y", which="minor", color="0.9"); ax.tick_params(axis="y", which="both", length=0); ax.spines["left"].set_visible(False)
-    _legend(fig, [], [Line2D([], [], **{"color": "0.35"} | look, ls="", label=label) for label, (_, look, _) in kinds.items()], ncols=3)
+    _legend(fig, [], [Line2D([], [], **{"color": "0.35"} | look, ls="", label=label) for label, (of, look, _) in kinds.items() if any(map(of, set(c.threshold_from)))], ncols=3)
     return fig
 
 # %% ../nbs/44_figures.ipynb #70ddab1e
@@ -491,7 +491,7 @@ def _draw_cases(results: Results, model: str, lines, scores):
     c, width = results.cohort, 2 + 2 * len(scores)
     side = min(1.45, 7.2 / width)
     fig, axes = plt.subplots(len(drawn), width, figsize=(side * width, .75 + (side / .83 + .2) * len(drawn)), squeeze=False)
-    fig.get_layout_engine().set(w_pad=.015, h_pad=.02, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=.015, h_pad=.03, wspace=0, hspace=0)
     for axs, (text, r, d) in zip(axes, drawn):
         row = int(r["row"])
         x, x_hat, lesion, brain = np.asarray(c.images[row]), np.asarray(results.restoration(model, row, int(r["fold"]))), np.asarray(c.lesion_masks[row]), np.asarray(c.brain_masks[row])
@@ -500,7 +500,7 @@ def _draw_cases(results: Results, model: str, lines, scores):
         for k, s in enumerate(scores):
             _show(axs[2 + 2 * k], d[s]["map"][i, j, z], cmap="inferno", vmin=0, vmax=max(np.quantile(d[s]["map"][brain], .998), 1e-6))
             _show(axs[3 + 2 * k], overlay(x[:, :, z], d[s]["found"][:, :, z], lesion[:, :, z])[i, j])
-        axs[0].set_title(text, loc="left", fontsize=8).set_in_layout(False); axs[1].set_title(" ", fontsize=8)        # the text may run over all columns; the blank keeps its height
+        axs[0].text(0, 1.03, text, transform=axs[0].transAxes, va="bottom").set_in_layout(False); axs[0].set_title(" ")        # the text may run over all columns; the blank keeps its height
     for ax, label in zip(axes[-1], ["input", "restoration", *(l for s in scores for l in (f"{score_label(s)},\npost-processed", f"{score_label(s)},\nresult"))]): ax.set_xlabel(label, fontsize=7.5)
     _legend(fig, [], [Patch(color=np.array(v) / 255, label=k) for k, v in RESULT_COLORS.items()])
     return fig
