@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dice', 'dice_released', 'best_threshold', 'best_threshold_components', 'auprc', 'lesion_free_threshold',
-           'volume_threshold', 'lesion_wise', 'lesion_table', 'perfect_maps', 'bootstrap_interval', 'paired_test',
-           'holm']
+           'volume_threshold', 'lesion_wise', 'lesion_table', 'perfect_maps', 'expanded_tail', 'bootstrap_interval',
+           'paired_test', 'holm']
 
 # %% ../nbs/22_metrics.ipynb #276a3b78
 import itertools, math
@@ -212,13 +212,20 @@ def perfect_maps(truth, sigmas=SIGMAS) -> dict:
     return {"truth": t} | {f"truth_{s:g}": gaussian_filter(t, s, mode="mirror", radius=kernel_size(s) // 2) for s in sigmas}
 
 # %% ../nbs/22_metrics.ipynb #b746b007
-def bootstrap_interval(values, n: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    "Percentile bootstrap interval (low, high) of the mean of `values` (one per patient), without NaN ones. (NaN, NaN) for fewer than two."
+def expanded_tail(n: int, level: float = 0.95) -> float:
+    "The share to cut off at each end of the bootstrap means of `n` values, so that small samples are as wide as a t interval: Phi(t sqrt(n / (n - 1))). Hesterberg 2015, the expanded percentile interval."
+    from scipy.stats import norm, t
+    return float(norm.cdf(t.ppf((1 - level) / 2, n - 1) * math.sqrt(n / (n - 1))))
+
+def bootstrap_interval(values, n: int = 5000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Expanded percentile bootstrap interval (low, high) of the mean of `values` (one per patient), without NaN ones, by `n` resamples. (NaN, NaN) for fewer than two.
+
+    The plain percentile interval of 8 patients holds the mean in some 86 % of studies rather than 95 % (benchmarks/coverage.md); cutting off `expanded_tail` mends most of it."""
     v = np.asarray(values, float).ravel()
     v = v[~np.isnan(v)]
     if len(v) < 2: return math.nan, math.nan
-    means = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means, tail = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1), expanded_tail(len(v), level)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 def paired_test(a, b) -> float:
