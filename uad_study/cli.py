@@ -284,10 +284,10 @@ def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results wh
         if maps or reconstructions:
             if label: raise UadError("--label: is for restorations that are judged again: use --model")
             folder = maps or reconstructions
-            results = judge_files(source, out, folder, "maps" if maps else "reconstructions", model or folder.resolve().name, contrast, fold, score_settings(change or ()), {} if full else extra)
+            results = judge_files(source, out, folder, "maps" if maps else "reconstructions", model or folder.resolve().name, contrast, fold, score_settings(change or ()), {} if full else extra, print)
         else:
             if model or contrast: raise UadError("--model, --contrast: are for --maps and --reconstructions: restorations are judged again under their own names (see --label)")
-            results = judge_again(source, out, score_settings(change or ()), label, extra, partial(parallel_map, workers=workers or None))
+            results = judge_again(source, out, score_settings(change or ()), label, extra, partial(parallel_map, workers=workers or None), print)
         write_report(results, out)
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
 

@@ -55,17 +55,18 @@ def per_patient(cases: pd.DataFrame, column: str = "dice") -> pd.Series:
 def summarise(cases: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataFrame:
     "The rows of `table.csv` from the case rows and pooled rows of `evaluate.judge`. Means and intervals are over patients, `n_test` counts them."
     rows, keys = [], ["model", "contrast", "score", "fold"]
-    healthy = cases[cases.pathology == "healthy"]
+    healthy = cases[cases.pathology == "healthy"].groupby([*keys, "threshold_from"]).predicted_ml.mean().to_dict()
+    found = {tuple(p[k] for k in ("model", "contrast", "pathology", "score", "fold")): p for p in pooled.to_dict("records")}
     for (model, contrast, pathology, score, fold), g in cases[cases.pathology != "healthy"].groupby(["model", "contrast", "pathology", "score", "fold"], sort=False):
         rule = headline_rule(g.threshold_from)
-        at = lambda r, column="dice": per_patient(g[g.threshold_from == r], column)
+        by = dict(list(g.groupby("threshold_from")))
+        at = lambda r, column="dice": per_patient(by.get(r, g[:0]), column)
         lo, hi = bootstrap_interval(at(rule).to_numpy())
-        p = pooled[(pooled[keys] == [model, contrast, score, fold]).all(axis=1) & (pooled.pathology == pathology)].iloc[0]
+        p = found[model, contrast, pathology, score, fold]
         source = f"val:{pathology}" if rule == "val" else rule
-        fp = healthy[(healthy[keys] == [model, contrast, score, fold]).all(axis=1) & (healthy.threshold_from == source)].predicted_ml
-        rows.append(dict(model=model, contrast=contrast, pathology=pathology, score=score, fold=fold, n_val=p.n_val, n_test=len(at(rule)), threshold_from=rule,
-                         threshold=g[g.threshold_from == rule].threshold.mean(), dice=at(rule).mean(), dice_lo=lo, dice_hi=hi, healthy_dice=at("healthy").mean(), oracle_dice=at("oracle").mean(),
-                         auprc=at(rule, "auprc").mean(), auprc_pooled=p.auprc_pooled, prevalence=p.prevalence, healthy_fp_ml=fp.mean()))
+        rows.append(dict(model=model, contrast=contrast, pathology=pathology, score=score, fold=fold, n_val=p["n_val"], n_test=len(at(rule)), threshold_from=rule,
+                         threshold=by[rule].threshold.mean() if rule else np.nan, dice=at(rule).mean(), dice_lo=lo, dice_hi=hi, healthy_dice=at("healthy").mean(), oracle_dice=at("oracle").mean(),
+                         auprc=at(rule, "auprc").mean(), auprc_pooled=p["auprc_pooled"], prevalence=p["prevalence"], healthy_fp_ml=healthy.get((model, contrast, score, fold, source), np.nan)))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 # %% ../nbs/42_results.ipynb #feb9e299

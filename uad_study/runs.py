@@ -309,9 +309,9 @@ def device_name(device: str) -> str:
 # %% ../nbs/41_runs.ipynb #3dea444b
 class Ticker:
     "Called as `ticker(done, total, text='')`: writes `folder`/progress.json, at most twice a second, and shows a bar in a notebook that a person runs."
-    def __init__(self, folder, what: str = ""):
+    def __init__(self, folder, what: str = "", bar: bool = True):
         self.file, self.what, self.last, self.bar = Path(folder)/"progress.json", what, 0.0, None
-        if "UAD_RUN" not in os.environ:
+        if bar and "UAD_RUN" not in os.environ:
             from tqdm.auto import tqdm
             self.bar = tqdm(desc=what)
 
