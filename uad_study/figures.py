@@ -167,7 +167,7 @@ def figure_post(results: Results, model: str | None = None):
             sigmas = [s for s in SIGMAS if (perfect.score == f"truth_{s:g}").any()]
             axes[2 * i, j].plot(sigmas, [_post_dice(perfect, f"truth_{s:g}") for s in sigmas], color=COLORS["perfect map"], ls=style[e])
             axes[2 * i, j].set(ylim=(0, 105), yticks=[0, 50, 100])
-    for ax in axes[strip::1 + strip].flat: ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
+    for row in axes[strip::1 + strip]: row[0].set(ylim=(0, 1.08 * max(max(np.nanmax(l.get_ydata()) for a in row for l in a.lines), .1)), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
     for j, m in enumerate(medians): axes[0, j].set_title("no median" if m == 1 else f"median {m}³ voxels"); axes[-1, j].set_xlabel(r"$\sigma$ (voxels)")
     for i, p in enumerate(shown):
         axes[(1 + strip) * i + strip, 0].set_ylabel(f"{fill(NAMES.get(p, p), 20)}\nDice (%)")
