@@ -122,9 +122,9 @@ def latex(table: Table) -> str:
     columns = [str(j) for j in range(len(table.head))]
     styled = pd.DataFrame(body, columns=columns).style.hide(axis="index").format_index(lambda j: tex(table.head[int(j)]), axis=1)
     made = styled.to_latex(hrules=True, column_format="l" * len(columns), position_float="centering", caption=tex(table.caption), label=f"tab:{table.name}", environment="table*" if len(columns) > 6 else "table")
-    made = made.replace("\\begin{tabular}", "\\footnotesize\\setlength{\\tabcolsep}{3pt}\n\\begin{tabular}", 1)
+    made = made.replace("\\begin{tabular}", "\\footnotesize\\setlength{\\tabcolsep}{3pt}\n\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n\\begin{tabular}", 1)
     notes = "".join(f"\\par\\smallskip\\parbox{{\\linewidth}}{{\\scriptsize {tex(n)}}}\n" for n in table.notes)
-    return "% \\usepackage{booktabs}\n% \\usepackage[table]{xcolor}\n" + made.replace("\\end{tabular}\n", "\\end{tabular}\n" + notes, 1)
+    return "% \\usepackage{booktabs}\n% \\usepackage{graphicx}\n% \\usepackage{xcolor}\n" + made.replace("\\end{tabular}\n", "\\end{tabular}}\n" + notes, 1)
 
 # %% ../nbs/43_tables.ipynb #1c29dd6e
 KEYS = ("model", "contrast", "pathology", "score")
@@ -270,7 +270,7 @@ def table_tests(results: Results) -> Table:
               [Cell(f"{100 * d.mean():+.1f}", interval(*bootstrap_interval(d), "+.1f")), f"{(d > 0).sum()} / {(d < 0).sum()}", p_value(q), p_value(corrected)]), kind="ens" * (s == "l1"))
     tested = [len(r[3]) for r in rows if len(r[3]) > 1]
     t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(tested)} comparisons of this table; intervals: percentile bootstrap over patients, 2000 draws, seed 0.")
-    if tested and min(tested) < 6: t.notes.append(f"Of {min(tested)} patients the smallest possible p is {2. ** (1 - min(tested)):.3f}: too few to find any difference at 0.05.")
+    if tested and (least := 2. ** (1 - min(tested))) * len(tested) > .05: t.notes.append(f"Of {min(tested)} patients the smallest possible p is {least:.2g}, and {min(1, least * len(tested)):.2g} after the correction: too few for a difference at 0.05.")
     return t
 
 # %% ../nbs/43_tables.ipynb #96204246
