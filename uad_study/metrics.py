@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['dice', 'dice_released', 'best_threshold', 'best_threshold_components', 'auprc', 'lesion_free_threshold',
-           'volume_threshold', 'lesion_wise', 'lesion_table', 'perfect_maps', 'bootstrap_interval', 'paired_test',
-           'holm']
+           'volume_threshold', 'lesion_wise', 'lesion_table', 'perfect_maps', 'expanded_tail', 'bootstrap_interval',
+           'paired_test', 'holm']
 
 # %% ../nbs/22_metrics.ipynb #276a3b78
 import itertools, math
@@ -135,7 +135,7 @@ def lesion_free_threshold(scores_in_mask, fraction: float) -> float:
     s = _array(scores_in_mask, "scores")
     if not s.size or not 0 <= fraction < 1: raise UadError(f"metrics: {s.size} healthy voxels and fraction {fraction}: give voxels, and a fraction from 0 to below 1")
     k = s.size - 1 - math.floor(fraction * s.size + 1e-9)
-    return float(np.partition(s, k)[k])
+    return float(np.sort(s)[k])                                               # np.partition takes 7 times as long on a map with much background
 
 def volume_threshold(maps, masks, voxel_ml: float, max_ml: float = 1.0, share: float = 0.95) -> float:
     """The lowest threshold at which at least `share` of healthy scans carry at most `max_ml` mL above it.
@@ -145,7 +145,7 @@ def volume_threshold(maps, masks, voxel_ml: float, max_ml: float = 1.0, share: f
     allowed, own = math.floor(max_ml / voxel_ml + 1e-9), []
     for m, mask in zip(maps, itertools.repeat(None) if masks is None else masks):
         s = _array(m, "maps") if masks is None else _array(np.asarray(m)[np.asarray(mask) != 0], "maps")
-        own.append(float(np.partition(s, s.size - 1 - allowed)[s.size - 1 - allowed]) if s.size > allowed else -math.inf)
+        own.append(float(np.sort(s)[s.size - 1 - allowed]) if s.size > allowed else -math.inf)
     if not own or not 0 < share <= 1: raise UadError(f"metrics: {len(own)} healthy scans and share {share}: give scans, and a share above 0 up to 1")
     return sorted(own)[math.ceil(share * len(own) - 1e-9) - 1]
 
@@ -212,13 +212,20 @@ def perfect_maps(truth, sigmas=SIGMAS) -> dict:
     return {"truth": t} | {f"truth_{s:g}": gaussian_filter(t, s, mode="mirror", radius=kernel_size(s) // 2) for s in sigmas}
 
 # %% ../nbs/22_metrics.ipynb #b746b007
-def bootstrap_interval(values, n: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    "Percentile bootstrap interval (low, high) of the mean of `values` (one per patient), without NaN ones. (NaN, NaN) for fewer than two."
+def expanded_tail(n: int, level: float = 0.95) -> float:
+    "The share to cut off at each end of the bootstrap means of `n` values, so that small samples are as wide as a t interval: Phi(t sqrt(n / (n - 1))). Hesterberg 2015, the expanded percentile interval."
+    from scipy.stats import norm, t
+    return float(norm.cdf(t.ppf((1 - level) / 2, n - 1) * math.sqrt(n / (n - 1))))
+
+def bootstrap_interval(values, n: int = 5000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Expanded percentile bootstrap interval (low, high) of the mean of `values` (one per patient), without NaN ones, by `n` resamples. (NaN, NaN) for fewer than two.
+
+    The plain percentile interval of 8 patients holds the mean in some 86 % of studies rather than 95 % (benchmarks/coverage.md); cutting off `expanded_tail` mends most of it."""
     v = np.asarray(values, float).ravel()
     v = v[~np.isnan(v)]
     if len(v) < 2: return math.nan, math.nan
-    means = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means, tail = v[np.random.default_rng(seed).integers(0, len(v), (n, len(v)))].mean(1), expanded_tail(len(v), level)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 def paired_test(a, b) -> float:

@@ -107,6 +107,8 @@ class Results:
         self.variants = {v["label"]: v for v in variants}
         for name in CASE_TABLES: setattr(self, name, _read_tables(self.evaluate_dirs, name))
         if not len(self.cases): raise UadError(f"{self.evaluate_dirs[0]/'cases.csv'}: holds no case: the test set is empty")
+        twice = self.cases.duplicated(["model", "contrast", "pathology", "score", "fold", "subject_id", "threshold_from"])
+        if twice.any(): raise UadError(f"{self.evaluate_dirs[0]/'cases.csv'}: {self.cases[twice].iloc[0].subject_id} is judged twice by {self.cases[twice].iloc[0].model}: delete the folder that should not be there and run again")
         self.table = summarise(self.cases, self.pooled)
         more = chosen_sigma(self.cases, self.pooled, self.table)
         self.cases, self.table = (pd.concat(pair, ignore_index=True) for pair in zip((self.cases, self.table), more))
