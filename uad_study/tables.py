@@ -269,7 +269,7 @@ def table_tests(results: Results) -> Table:
         t.add(m, place, score_label(s), str(len(d)), *([few] * 4 if len(d) < 2 else
               [Cell(f"{100 * d.mean():+.1f}", interval(*bootstrap_interval(d), "+.1f")), f"{(d > 0).sum()} / {(d < 0).sum()}", p_value(q), p_value(corrected)]), kind="ens" * (s == "l1"))
     tested = [len(r[3]) for r in rows if len(r[3]) > 1]
-    t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(tested)} comparisons of this table; intervals: percentile bootstrap over patients, 2000 draws, seed 0.")
+    t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(tested)} comparisons of this table; intervals: expanded percentile bootstrap over patients (`metrics.bootstrap_interval`, seed 0), not corrected.")
     if tested and (least := 2. ** (1 - min(tested))) * len(tested) > .05: t.notes.append(f"Of {min(tested)} patients the smallest possible p is {least:.2g}, and {min(1, least * len(tested)):.2g} after the correction: too few for a difference at 0.05.")
     return t
 
