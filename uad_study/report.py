@@ -85,6 +85,9 @@ def drawn_figures(results: Results, figures=FIGURES):
 def save_figure(fig, file) -> bytes:
     "Write `file`.png and `file`.pdf (vectors, letters as letters), close the figure, and return the bytes of the picture."
     import matplotlib.pyplot as plt
+    if fig.get_layout_engine() is not None:
+        for _ in range(4): fig.draw_without_rendering()                             # a constrained layout settles in steps, whose first ones differ from call to call
+        fig.set_layout_engine("none")
     png = io.BytesIO(); fig.savefig(png, format="png", dpi=150, metadata={"Software": None})
     with plt.rc_context({"pdf.fonttype": 42}), atomic_file(Path(f"{file}.pdf")) as tmp: fig.savefig(tmp, format="pdf", metadata={k: None for k in ("CreationDate", "Creator", "Producer")})
     with atomic_file(Path(f"{file}.png")) as tmp: tmp.write_bytes(png.getvalue())
