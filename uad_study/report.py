@@ -7,13 +7,13 @@ __all__ = ['STYLE', 'SECTIONS', 'FIGURES', 'PROVENANCE', 'INTRODUCED', 'MASK_COL
            'save_figure', 'placeless', 'provenance_of', 'table_provenance', 'table_trainings', 'report_page',
            'write_report', 'outlined', 'write_quality']
 
-# %% ../nbs/46_report.ipynb #134e1482
+# %% ../nbs/46_report.ipynb #d84996ba
 import base64, inspect, io, json, re
 import numpy as np, pandas as pd
 from html import escape
 from pathlib import Path
 from . import __version__
-from .core import UadError, atomic_dir, atomic_file, read_json, write_json
+from .core import UadError, atomic_dir, atomic_file, file_sha256, read_json, write_json
 from .cohort import Cohort
 from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
@@ -29,11 +29,11 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.25rem;margi
 .lead{color:#4a5260}.note{border-left:4px solid #c77700;background:#fff7e8;padding:.6rem 1rem;margin:1rem 0}.note h2{border:0;margin:0 0 .3rem;padding:0}.note li{margin:.25rem 0}.note ul{margin:.2rem 0;padding-left:1.1rem}
 table{border-collapse:collapse;font-size:.86rem;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.26rem .6rem;text-align:left;border-bottom:1px solid #eceff2;white-space:nowrap}
 th{font-weight:600;border-bottom:2px solid #1b1e23;white-space:normal;vertical-align:bottom}tr.first td{border-top:1px solid #aeb5bf}caption{text-align:left;color:#4a5260;padding-bottom:.3rem}
-td.best{font-weight:700}td.best small{font-weight:400}td.none{color:#7b838f;font-style:italic}td.again{color:#b4bac4}tr.ens td{background:#fdf1e3}tr.perfect td{color:#5d6570}tr.paper td{color:#4a5260;font-style:italic}
+td.best{font-weight:700}td.best small{font-weight:400}td.none{color:#7b838f;font-style:italic}td.again{color:#b4bac4}td.long{white-space:normal;min-width:10rem}tr.ens td{background:#fdf1e3}tr.perfect td{color:#5d6570}tr.paper td{color:#4a5260;font-style:italic}
 .up{color:#0a7d38;padding-left:.15em}.down{color:#b3261e;padding-left:.15em}.below{font-size:.82rem;color:#5d6570;margin:.2rem 0;max-width:100ch}
 .scroll{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1.2rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}details{margin:.6rem 0}summary{cursor:pointer}
-pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}nav ol{margin:.3rem 0;padding-left:1.2rem;columns:2}nav a{color:#1f4e8c;text-decoration:none}nav a:hover{text-decoration:underline}
-@media(min-width:84rem){body.contents{max-width:1340px;padding-left:15.5rem;position:relative}nav{position:fixed;top:2.5rem;margin-left:-14.5rem;width:12.5rem;font-size:.84rem;max-height:90vh;overflow:auto}nav ol{columns:1;padding-left:1.1rem}nav li{margin:.2rem 0}}
+pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}nav ol{margin:.3rem 0;padding:0;list-style:none;columns:2}nav a{color:#1f4e8c;text-decoration:none}nav a:hover{text-decoration:underline}
+@media(min-width:84rem){body.contents{max-width:1340px;padding-left:15.5rem;position:relative}nav{position:fixed;top:2.5rem;margin-left:-14.5rem;width:12.5rem;font-size:.84rem;max-height:90vh;overflow:auto}nav ol{columns:1}nav li{margin:.3rem 0;line-height:1.3}}
 @media print{@page{size:A4;margin:13mm}body,body.contents{font-size:10pt;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
 th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
@@ -112,7 +112,8 @@ def provenance_of(results: Results) -> dict:
     "What `provenance.json` holds, without its format: the volumes, and every run once, the preparation first."
     prepared = []
     if results.cohort is not None:
-        try: prepared = [read_json(Path(results.cohort.folder).parent/"result.json", RESULT)]
+        folder = Path(results.cohort.folder)
+        try: prepared = [read_json(folder.parent/"result.json", RESULT) | dict(cohort=file_sha256(folder/"cohort.json"))]
         except UadError: pass                                                       # volumes that no run of a study prepared
     runs = {r["key"]: r for r in [*prepared, *results.trainings, *results.evaluations] if r}
     volumes = results.cohort.facts() if results.cohort is not None else next((c for e in results.evaluations if (c := e["results"].get("cohort"))), {})
@@ -130,8 +131,8 @@ def table_provenance(provenance: dict) -> Table:
         p, q = r["provenance"], r["results"] or {}
         commit = f"{p['commit'][:12]}{', changed' if p.get('dirty') else ''}" if p.get("commit") else no_number("not recorded")
         seed = _seed(r["parameters"])
-        t.add(r["label"], r["key"], commit, p.get("uad_study") or no_number("not recorded"), short((p.get("packages") or {}).get("torch")), short(p.get("device")), number(p.get("threads"), "d", why="not recorded"), "none" if seed is None else str(seed),
-              number(p.get("seconds"), ".0f", why="not recorded"), short(r.get("cohort") or q.get("cohort_sha256")), short(q["checkpoint_sha256"]) if q.get("checkpoint_sha256") else no_number("none judged"))
+        t.add(r["label"], r["key"], commit, p.get("uad_study") or no_number("not recorded"), short((p.get("packages") or {}).get("torch")), short(p.get("device")), number(p.get("threads"), "d", why="not recorded"), no_number("none of its own") if seed is None else str(seed),
+              number(p.get("seconds"), ".0f", why="not recorded"), short(r.get("cohort") or q.get("cohort_sha256")), short(q["checkpoint_sha256"]) if q.get("checkpoint_sha256") else no_number("none restored"))
     return t
 
 # %% ../nbs/46_report.ipynb #f16ab1fe
@@ -158,8 +159,8 @@ def _sections(results: Results, tables: dict, figures: dict) -> dict[str, str]:
         shown, pictures = [t for t in tables[heading] if t.rows], figures.get(heading, [])
         if not shown and not pictures: continue
         said = _how_judged(results) if heading == "Dice by score and pathology" else INTRODUCED.get(heading, "")
-        found[heading] = (f"<p class=below>{escape(said)}</p>" if said else "") + "".join(map(html, shown)) + "".join(pictures[:8])
-        if pictures[8:]: found[heading] += f"<details><summary>{len(pictures) - 8} more figures</summary>{''.join(pictures[8:])}</details>"
+        found[heading] = (f"<p class=below>{escape(said)}</p>" if said else "") + "".join(map(html, shown)) + "".join(pictures[:12])
+        if pictures[12:]: found[heading] += f"<details><summary>More figures ({len(pictures) - 12})</summary>{''.join(pictures[12:])}</details>"
     return found
 
 def _where_from(results: Results, provenance: dict) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARROWS', 'KEYS', 'MAIN', 'PAPER', 'PAPER_CONTRAST', 'AGAINST', 'SIZES', 'Cell', 'Table', 'no_number', 'number',
-           'interval', 'html', 'markdown', 'text', 'tex', 'latex', 'Numbers', 'place_label', 'paper_dataset',
+           'signed', 'interval', 'html', 'markdown', 'text', 'tex', 'latex', 'Numbers', 'place_label', 'paper_dataset',
            'paper_models', 'table_dice', 'p_value', 'table_tests', 'table_lesions', 'table_sizes', 'table_thresholds',
            'table_auprc', 'table_false_positives', 'table_calibration', 'table_folds', 'table_restorations',
            'variant_effects', 'table_variants', 'undertrained', 'cautions']
@@ -58,9 +58,14 @@ def number(value, form: str = ".1f", more: str = "", marks=(), why: str = "missi
     "A cell with a number, or with `why` where it is NaN."
     return no_number(why) if value is None or value != value else Cell(format(value, form), more, tuple(marks))
 
-def interval(low, high, form: str = ".0f") -> str:
-    "A 95 % interval, in percent of the fractions `low` and `high`; '' where it is NaN."
-    return "" if low != low else f"{100 * low:{form}}, {100 * high:{form}}"
+def signed(value: float) -> str:
+    "A difference with one decimal and its sign; no sign where it is 0.0."
+    return "0.0" if (s := f"{value:+.1f}") in ("+0.0", "-0.0") else s
+
+def interval(low, high, form=".0f") -> str:
+    "A 95 % interval, in percent of the fractions `low` and `high`, each written by `form`; '' where it is NaN."
+    said = form if callable(form) else lambda v: format(v, form)
+    return "" if low != low else f"{said(100 * low)}, {said(100 * high)}"
 
 # %% ../nbs/43_tables.ipynb #fd502a45
 def _again(table: Table) -> list[list[bool]]:
@@ -74,8 +79,8 @@ def html(table: Table) -> str:
     titles = {"up": "above l1 of the same model", "down": "below l1 of the same model"}
     def cell(c, again):
         arrow = "".join(f"<span class={m} title='{titles[m]}'>{ARROWS[m]}</span>" for m in c.marks if m in ARROWS)
-        kind = " class=again" if again else " class=none" if "none" in c.marks else " class=best" if "best" in c.marks else ""
-        return f"<td{kind}>{escape(c.text)}{arrow}" + (f" <small>[{escape(c.more)}]</small>" if c.more else "") + "</td>"
+        kind = " ".join(["again"] * again + [m for m in c.marks if m in ("none", "best")] + ["long"] * (len(c.text) > 24))
+        return f"<td{f' class={kind!r}' if kind else ''}>{escape(c.text)}{arrow}" + (f" <small>[{escape(c.more)}]</small>" if c.more else "") + "</td>"
     out = [f"<div class=scroll><table id='{escape(table.name)}'><caption>{escape(table.caption)}</caption><thead><tr>" + "".join(f"<th scope=col>{escape(h)}</th>" for h in table.head) + "</tr></thead><tbody>"]
     for cells, again, kind in zip(table.rows, _again(table), table.kinds):
         kinds = " ".join([kind] * bool(kind) + ["first"] * (not again[0]))
@@ -256,19 +261,22 @@ def p_value(p: float) -> str:
     return "<0.001" if p < .001 else f"{p:.3f}"
 
 def table_tests(results: Results) -> Table:
-    "SSIM-ens against the other scores, paired per patient (Wilcoxon signed rank; folds, and strengths of semi-synthetic lesions, averaged first), Holm-corrected over the whole table."
-    numbers, rows = Numbers(results), []
+    """SSIM-ens against the other scores, paired per patient (Wilcoxon signed rank; folds, and strengths of semi-synthetic lesions, averaged first), Holm-corrected over the whole table.
+
+    A score with the same Dice as l1 in every patient (l2, where nothing comes between) is said to be so, and not counted again."""
+    numbers, rows, few, same = Numbers(results), [], no_number("fewer than 2 patients"), no_number("same as l1")
     for (m, c, p, _), (_, place, _) in numbers.lines(["ssim_ens"]):
         for s in [s for s in AGAINST if (m, c, p, s) in numbers.table]:
-            pair = pd.concat([numbers.patients(m, c, p, "ssim_ens"), numbers.patients(m, c, p, s)], axis=1, join="inner").to_numpy()
-            rows.append((m, place, s, pair[:, 0] - pair[:, 1], paired_test(*pair.T) if len(pair) > 1 else np.nan))
+            a, b, l1 = (numbers.patients(m, c, p, k) for k in ("ssim_ens", s, "l1"))
+            d = (a - b).dropna()
+            why = few if len(d) < 2 else same if s != "l1" and len(l1) and b.equals(l1) else None
+            rows.append((m, place, s, d.to_numpy(), why, np.nan if why else paired_test(d, np.zeros(len(d)))))
     t = Table("tests", "SSIM-ens against other scores of the same model: paired differences in Dice per patient.",
               ["model", "pathology", "SSIM-ens minus", "patients", "Dice points [95 %]", "higher / lower in", "p (Wilcoxon)", "p (Holm)"])
-    for (m, place, s, d, q), corrected in zip(rows, holm([r[-1] for r in rows]) if rows else []):
-        few = no_number("fewer than 2 patients")
-        t.add(m, place, score_label(s), str(len(d)), *([few] * 4 if len(d) < 2 else
-              [Cell(f"{100 * d.mean():+.1f}", interval(*bootstrap_interval(d), "+.1f")), f"{(d > 0).sum()} / {(d < 0).sum()}", p_value(q), p_value(corrected)]), kind="ens" * (s == "l1"))
-    tested = [len(r[3]) for r in rows if len(r[3]) > 1]
+    for (m, place, s, d, why, q), corrected in zip(rows, holm([r[-1] for r in rows]) if rows else []):
+        t.add(m, place, score_label(s), str(len(d)), *([why] * 4 if why else
+              [Cell(signed(100 * d.mean()), interval(*bootstrap_interval(d), signed)), f"{(d > 0).sum()} / {(d < 0).sum()}", p_value(q), p_value(corrected)]), kind="ens" * (s == "l1"))
+    tested = [len(r[3]) for r in rows if not r[4]]
     t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(tested)} comparisons of this table; intervals: expanded percentile bootstrap over patients (`metrics.bootstrap_interval`, seed 0), not corrected.")
     if tested and (least := 2. ** (1 - min(tested))) * len(tested) > .05: t.notes.append(f"Of {min(tested)} patients the smallest possible p is {least:.2g}, and {min(1, least * len(tested)):.2g} after the correction: too few for a difference at 0.05.")
     return t
@@ -287,7 +295,7 @@ def table_lesions(results: Results) -> Table:
         f1 = [number(100 * numbers.mean(*key, column=k), more=interval(*bootstrap_interval(numbers.patients(*key, column=k))), why="no lesion on the grid") for k in ("lesion_f1", "lesion_f1_iou")]
         t.add(*first, f"{lesions / g.fold.nunique():g}", number(100 * found / lesions), number(100 * found / (found + false) if found + false else np.nan, why="nothing predicted"), number(g.lesions_false.mean()), *f1, kind=kind)
     t.notes.append("Found, precision and F1, touched: a lesion counts as found when any voxel of it is predicted; a predicted component that touches no lesion is false. F1, one to one: each lesion is matched to one "
-                   "component, with an intersection over union of at least 0.1. Found and precision are over all lesions; F1 is the mean over patients. Strengths of a semi-synthetic lesion count each.")
+                   "component, with an intersection over union of at least 0.1. Found and precision are over all lesions; F1 is the mean over patients. One component that covers the whole brain touches every lesion: read these columns beside Dice. Strengths of a semi-synthetic lesion count each.")
     return t
 
 SIZES = ("small", "middle", "large")
@@ -313,12 +321,16 @@ def table_sizes(results: Results) -> Table:
         third = [number(100 * dice[size == i].mean(), more=f"n {(size == i).sum()}", why="no patient") if cut else no_number("fewer than 6 patients") for i in range(3)] if len(dice) else [no_number(numbers.why(*key))] * 3
         released = numbers.mean(*key, column="dice_released") if "dice_released" in numbers.at(*key) else np.nan
         t.add(*first, *third, number(100 * numbers.mean(*key), why=numbers.why(*key)), number(100 * released, why="not counted"), kind="ens" * (s == "ssim_ens"))
-    t.notes += [f"{place_label(*place)}: small up to {cut[0]:.2g} mL, large above {cut[1]:.2g} mL (a third of the patients each)." for place, cut in cuts.items() if cut]
+    t.notes += [f"{place_label(*place)}: small up to {cut[0]:.3g} mL, large above {cut[1]:.3g} mL (a third of the patients each)." for place, cut in cuts.items() if cut]
     t.notes.append("Ours: a scan without a lesion on the grid is left out. Released code: an empty truth with a prediction counts 0, and is left out only when the prediction is empty too.")
     return t
 
-# %% ../nbs/43_tables.ipynb #262d313f
-def _healthy_ml(results: Results) -> float: return next((v for e in results.evaluations if (v := (e["parameters"].get("score_config") or {}).get("healthy_ml")) is not None), 1.)
+# %% ../nbs/43_tables.ipynb #abf82e4f
+def _healthy(results: Results, name: str, default: float) -> float:
+    "A setting of `judge.ScoreConfig` about healthy scans."
+    return next((v for e in results.evaluations if (v := (e["parameters"].get("score_config") or {}).get(name)) is not None), default)
+
+def _healthy_ml(results: Results) -> float: return _healthy(results, "healthy_ml", 1.)
 
 def _healthy_rules(results: Results) -> dict[str, str]:
     "The rules that need only healthy scans, and what columns call them."
@@ -337,7 +349,7 @@ def table_thresholds(results: Results) -> Table:
             if rule == "val:": return Cell(", ".join(f"{100 * v:.1f} ({NAMES.get(q, q).lower()})" for q, v in carried.items() if v == v)) if any(v == v for v in carried.values()) else no_number("no other pathology" if not carried else numbers.why(*key))
             return number(100 * numbers.mean(*key, rule=rule), why="not searched" if rule in search and not len(numbers.at(*key, rule=rule)) else numbers.why(*key, rule=rule))
         t.add(*first, *map(cell, rules), kind="ens" * (key[3] == "ssim_ens"))
-    t.notes.append(f"Own validation: the optimum on the pathology's own unhealthy validation set. Carried over: that of another pathology. Healthy, {_healthy_ml(results):g} mL: 95 % of healthy validation scans carry at most that much. "
+    t.notes.append(f"Own validation: the optimum on the pathology's own unhealthy validation set. Carried over: that of another pathology. Healthy, {_healthy_ml(results):g} mL: {100 * _healthy(results, 'healthy_share', .95):g} % of healthy validation scans carry at most that much. "
                    "Healthy, k %: so many healthy validation voxels in the eroded brain mask lie above it. Oracle: the best over all pooled test voxels; nobody has it in practice, and it is never a headline.")
     return t
 
@@ -355,22 +367,18 @@ def table_auprc(results: Results) -> Table:
 
 # %% ../nbs/43_tables.ipynb #b705cbf4
 def table_false_positives(results: Results) -> Table:
-    "False lesions in mL per healthy test scan (mean, 95 % interval over scans) under each rule, for l1 and SSIM-ens."
+    "False lesions in mL per healthy test scan (mean, 95 % interval over scans) under each rule, and the share of scans with more than the healthy rule allows, for l1 and SSIM-ens."
     numbers, ml = Numbers(results), _healthy_ml(results)
-    own = {f"val:{p}": f"threshold of {NAMES.get(p, p).lower()}" for p in results.pathologies}
-    rules = own | _healthy_rules(results)
-    t = Table("false-positives", "False lesions on healthy test scans: mL per scan [95 % bootstrap interval over scans].", ["model", "contrast", "score", "scans", *rules.values(), f"scans above {ml:g} mL at 'healthy, {ml:g} mL'"])
-    for m, c, s in [(m, c, s) for m in results.models for c in dict.fromkeys(c for _, c in numbers.places) for s in MAIN]:
-        at = {r: numbers.cases.get((m, c, "healthy", s, r)) for r in rules}
-        if all(g is None for g in at.values()): continue
-        def cell(r):
-            if at[r] is None: return no_number("no threshold" if (r[4:], c) in numbers.places or r not in own else "another contrast")
-            v = per_patient(at[r], "predicted_ml")
-            lo, hi = bootstrap_interval(v)
-            return number(v.mean(), ".1f", more="" if lo != lo else f"{lo:.1f}, {hi:.1f}")
-        above = no_number("no threshold") if at["healthy"] is None else Cell(f"{100 * (at['healthy'].predicted_ml > ml).mean():.0f} %")
-        t.add(m, c, score_label(s), max(g.patient_id.nunique() for g in at.values() if g is not None), *map(cell, rules), above, kind="ens" * (s == "ssim_ens"))
-    t.notes.append(f"The rule 'healthy, {ml:g} mL' allows 5 % of healthy validation scans above {ml:g} mL; the last column says how many healthy test scans are.")
+    rules = {f"val:{p}": f"validation, {NAMES.get(p, p).lower()}" for p in results.pathologies} | _healthy_rules(results)
+    t = Table("false-positives", "False lesions on healthy test scans: mL per scan [95 % bootstrap interval over scans].",
+              ["model", "contrast", "threshold from", "scans", *(f"{score_label(s)}, mL per scan" for s in MAIN), *(f"{score_label(s)}, scans above {ml:g} mL" for s in MAIN)])
+    for m, c, r in [(m, c, r) for m in results.models for c in dict.fromkeys(c for _, c in numbers.places) for r in rules]:
+        at = [numbers.cases.get((m, c, "healthy", s, r)) for s in MAIN]
+        if all(g is None for g in at): continue
+        volumes = [None if g is None else per_patient(g, "predicted_ml") for g in at]
+        mean = [no_number("no threshold") if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v in volumes]
+        t.add(m, c, rules[r], max(len(v) for v in volumes if v is not None), *mean, *(no_number("no threshold") if g is None else f"{100 * (g.predicted_ml > ml).mean():.0f} %" for g in at))
+    if t.rows: t.notes.append(f"The rule 'healthy, {ml:g} mL' was set so that {100 - 100 * _healthy(results, 'healthy_share', .95):.3g} % of healthy validation scans may be above {ml:g} mL; the last columns say how many healthy test scans are.")
     return t
 
 def table_calibration(results: Results) -> Table:
@@ -381,7 +389,7 @@ def table_calibration(results: Results) -> Table:
     found = _split(k, "model", "contrast", "score", "nominal")
     for m, c, s in [(m, c, s) for m in results.models for c in dict.fromkeys(k.contrast if len(k) else []) for s in MAIN]:
         at = [found.get((m, c, s, q)) for q in nominal]
-        if any(g is not None for g in at): t.add(m, c, score_label(s), *(no_number("missing") if g is None else number(100 * g.observed.mean(), ".2g", more=f"{g.fp_ml.mean():.1f} mL") for g in at), kind="ens" * (s == "ssim_ens"))
+        if any(g is not None for g in at): t.add(m, c, score_label(s), *(no_number("missing") if g is None else number(100 * g.observed.mean(), ".2f", more=f"{g.fp_ml.mean():.1f} mL") for g in at), kind="ens" * (s == "ssim_ens"))
     if len(k): t.notes.append(f"{k.n_val.max()} healthy validation and {k.n_test.max()} healthy test scans in a fold, inside the eroded brain mask.")
     return t
 
@@ -445,7 +453,7 @@ def table_variants(results: Results) -> Table:
         mine = t[t.base == base]
         cells.add(base, "", *(of(mine, p, s, lambda x: Cell(f"{100 * x.base_dice:.1f}")) for p, s in both), quality(base))
         for label, g in mine.groupby("label", sort=False):
-            said = lambda x: Cell(f"{100 * x.dice:.1f}", f"{100 * x.difference:+.1f}" + (f": {interval(x.lo, x.hi, '+.1f')}" if x.lo == x.lo else ""))
+            said = lambda x: Cell(f"{100 * x.dice:.1f}", signed(100 * x.difference) + (f": {interval(x.lo, x.hi, signed)}" if x.lo == x.lo else ""))
             cells.add(label.removeprefix(f"{base}, "), g.says.iloc[0], *(of(g, p, s, said) for p, s in both), quality(label))
     if len(t): cells.notes.append("Each line changes what it names of the model above it, and nothing else. In brackets: mean paired difference to that model in Dice points, and its 95 % bootstrap interval over patients, not corrected for the number of comparisons.")
     return cells
