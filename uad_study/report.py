@@ -34,8 +34,8 @@ td.best{font-weight:700}td.best small{font-weight:400}td.none{color:#7b838f;font
 .scroll{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1.2rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}details{margin:.6rem 0}summary{cursor:pointer}
 pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}nav ol{margin:.3rem 0;padding:0;list-style:none;columns:2}nav a{color:#1f4e8c;text-decoration:none}nav a:hover{text-decoration:underline}
 @media(min-width:84rem){body.contents{max-width:1340px;padding-left:15.5rem;position:relative}nav{position:fixed;top:2.5rem;margin-left:-14.5rem;width:12.5rem;font-size:.84rem;max-height:90vh;overflow:auto}nav ol{columns:1}nav li{margin:.3rem 0;line-height:1.3}}
-@media print{@page{size:A4;margin:13mm}body,body.contents{font-size:10pt;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
-th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{@page{size:A4;margin:13mm}html{font-size:12px}body,body.contents{font-size:1rem;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
+th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}td.long{min-width:0}#provenance td{overflow-wrap:anywhere}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 def page_of(title: str, body: str, generator: str, kind: str = "", style: str = STYLE) -> str:
@@ -193,7 +193,7 @@ def write_report(results: Results, out_dir):
     with atomic_dir(out_dir/"tables") as folder:
         for t in [t for made in tables.values() for t in made if t.rows]: (folder/f"{t.name}.tex").write_text(latex(t))
     with atomic_dir(out_dir/"figures") as folder:
-        for name, heading, caption, fig in drawn_figures(results): figures.setdefault(heading, []).append(_figure(save_figure(fig, folder/name), caption))
+        for name, heading, caption, fig in drawn_figures(results, FIGURES): figures.setdefault(heading, []).append(_figure(save_figure(fig, folder/name), caption))
     page = report_page(results, tables, figures, provenance)
     with atomic_file(out_dir/"table.csv") as tmp: results.table.to_csv(tmp, index=False)
     with atomic_file(out_dir/"cases.csv") as tmp: results.cases.to_csv(tmp, index=False)

@@ -244,7 +244,7 @@ def table_dice(results: Results) -> Table:
         for s in scores:
             t.add(m, score_label(s), *(_marked(*found[s, place], best[place], found.get(("l1", place), (None,))[0] if s == "ssim_ens" else None) for place in numbers.places), kind="ens" * (s == "ssim_ens"))
             if paper and m in kinds and s in MAIN:
-                published = lambda place: Cell("{:.1f} ± {:.1f}".format(*PAPER[kinds[m]][s][paper[place]])) if place in paper else no_number("not in the paper")
+                published = lambda place: Cell("{:.2f} ± {:.2f}".format(*PAPER[kinds[m]][s][paper[place]])) if place in paper else no_number("not in the paper")
                 t.add(m, f"{score_label(s)}, as published", *map(published, numbers.places), kind="paper")
     shown = [s for s in scores_of("perfect map") if s in ("truth", "truth_0.7", "truth_1.7")]
     found = _dice_cells(numbers, ["perfect map"], shown, numbers.places)
@@ -451,7 +451,7 @@ def table_variants(results: Results) -> Table:
         return say(x.iloc[0]) if len(x) else no_number("missing")
     for base in dict.fromkeys(t.base):
         mine = t[t.base == base]
-        cells.add(base, "", *(of(mine, p, s, lambda x: Cell(f"{100 * x.base_dice:.1f}")) for p, s in both), quality(base))
+        cells.add(base, "the base", *(of(mine, p, s, lambda x: Cell(f"{100 * x.base_dice:.1f}")) for p, s in both), quality(base))
         for label, g in mine.groupby("label", sort=False):
             said = lambda x: Cell(f"{100 * x.dice:.1f}", signed(100 * x.difference) + (f": {interval(x.lo, x.hi, signed)}" if x.lo == x.lo else ""))
             cells.add(label.removeprefix(f"{base}, "), g.says.iloc[0], *(of(g, p, s, said) for p, s in both), quality(label))
