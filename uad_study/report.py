@@ -50,20 +50,20 @@ SECTIONS = {
 "The headings of the page in order, and the tables below each. A heading without anything below it is left out."
 
 FIGURES = (
-    (figure_size, "Lesion by lesion, and by size", "Dice of each test patient against lesion volume, and the share of lesions found by their size, {model}."),
-    (figure_transfer, "Whose threshold?", "Dice under thresholds from elsewhere, {model}: the change against the threshold of the pathology's own validation set."),
-    (figure_thresholds, "Whose threshold?", "The thresholds themselves, {model}: a mark per fold and rule."),
-    (figure_curves, "Over all thresholds", "Precision against recall over pooled test voxels, {model}; the point is the threshold from validation."),
-    (figure_calibration, "Healthy scans", "False positives on healthy test scans at thresholds set on healthy validation scans, {model}."),
-    (figure_ceiling, "The ceiling", "Dice of a perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components. What is left is the most that any score can reach. The median removes small lesions; some blur saves them."),
-    (figure_post, "The ceiling", "Dice against sigma under other post-processing, on a few volumes, {model}, with the perfect map above: how much of a preference for some sigma is the median's."),
-    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys)."),
-    (figure_fold_spread, "Folds", "Dice of each fold beside the 95 % interval over patients, {model}."),
+    (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines join groups of patients of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
+    (figure_transfer, "Whose threshold?", "Dice (%) of {model} at each threshold rule (rows) on each test set (columns). Boxed: the headline threshold. Small numbers: change in Dice points against it; colour: the same in percent, orange lost and purple gained. A dash was not tried."),
+    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule. Where folds scatter as wide as the rules differ, a rule has little to say. Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
+    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model} (mean over folds). Grey: a coin, whose precision is the prevalence. Rings: the threshold from validation, before small components are removed."),
+    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan. Shading: range over folds."),
+    (figure_ceiling, "The ceiling", "What is left of a perfect map: Dice of the truth, blurred by sigma, by median and erosion (on a few volumes), and under the study's own settings (black, all test patients). Diamond: the truth without blur. The median removes small lesions; some blur saves them."),
+    (figure_post, "The ceiling", "Dice of {model} against sigma with no median, 3³ and 5³ voxels, with and without erosion of the brain mask, each with its own threshold from validation, on a few volumes. Star: best sigma. Where the star moves with the median, part of the preference is the filter's. Above: the ceiling under the same post-processing."),
+    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: one standard deviation over folds, or with a single fold the 95 % interval over patients. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
+    (figure_fold_spread, "Folds", "Dots: Dice of each fold, {model}. Bar: mean and 95 % interval over patients, folds averaged first. Folds share one test set; their spread says nothing about other patients."),
     (figure_variants, "What matters", "What each setting changes in Dice, {model}: paired difference to the base, 95 % intervals over patients."),
     (figure_alpha, "How subtle may a lesion be?", "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible."),
     (figure_maps, "Cases", "Restorations and anomaly maps of {model}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale."),
-    (figure_cases, "Cases", "{pathology}, {model}: the worst, the median and the best test case by Dice of SSIM-ens."),
-    (figure_gap, "Cases", "{pathology}, {model}: the test cases where SSIM-ens and l1 differ most, in either direction."),
+    (figure_cases, "Cases", "{pathology}, {model}: the worst, the median and the best test patient by Dice of SSIM-ens, at the slice with most lesion. Green: found; orange: false alarm; purple: missed. Each map has its own colour scale."),
+    (figure_gap, "Cases", "{pathology}, {model}: the patients where SSIM-ens is furthest ahead of l1, and l1 of SSIM-ens; a side is left out where it is never ahead."),
     (figure_training, "Training", "Left: validation loss on fixed slices, steps and noise. Others: Dice of l1 and SSIM-ens on a few test volumes at snapshots of the training, each with its own threshold."))
 
 def _calls(draw, results: Results) -> list[dict]:
