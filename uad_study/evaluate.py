@@ -69,12 +69,15 @@ def evaluate_maps(cohort: Cohort, contrast: str, fold: int, maps_of, names, fold
     few = {s: np.intersect1d(r, rows[s]) for s, r in few_rows(cohort, fold, contrast, report.post_val, report.post_test).items()}
     swept = [n for n in names if n not in ("intensity", "intensity_dark", "l2", "ssim_uniform")]
     parts = []
-    def one(f, names, swept, model, where):
-        tables = judge(cohort, contrast, fold, f(names), names, config, folder/where, model, tick, rows)
-        if len(few["val"]) and len(few["test"]): tables["post"] = sweep(cohort, contrast, fold, f(swept), swept, config, folder/f"{where}-post", model, few, report.medians, report.erosions, tick)
+    def one(maps_of, names, swept, model, where):
+        def chosen(names):
+            def of(row): m = maps_of(row); return [m[n] for n in names]
+            return of
+        tables = judge(cohort, contrast, fold, chosen(names), names, config, folder/where, model, tick, rows)
+        if len(few["val"]) and len(few["test"]): tables["post"] = sweep(cohort, contrast, fold, chosen(swept), swept, config, folder/f"{where}-post", model, few, report.medians, report.erosions, tick)
         parts.append(tables)
-    one(lambda names: lambda r: [(m := maps_of(r))[n] for n in names], names, swept, label, "maps")
-    if perfect: one(lambda names: lambda r: maps_of_truth(cohort, r).values(), perfect_names(), perfect_names(), "perfect map", "perfect")
+    one(maps_of, names, swept, label, "maps")
+    if perfect: one(lambda r: maps_of_truth(cohort, r), perfect_names(), perfect_names(), "perfect map", "perfect")
     return {k: pd.concat([p[k] for p in parts if len(p.get(k, ()))] or [pd.DataFrame()], ignore_index=True) for k in ("cases", "pooled", "curves", "calibration", "lesions", "post", "restorations", "steps")}
 
 def write_tables(folder, tables: dict[str, pd.DataFrame]):

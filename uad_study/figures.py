@@ -37,10 +37,12 @@ def _printed(draw):
     "A figure function that draws with the settings of `PRINT`."
     @wraps(draw)
     def drawn(*args, **kw):
-        import matplotlib.pyplot as plt
-        with plt.rc_context(PRINT):
-            fig = draw(*args, **kw)
+        from matplotlib import rcParams
+        before = {k: rcParams[k] for k in PRINT}                                       # rc_context would also undo that a notebook shows its figures
+        try:
+            rcParams.update(PRINT); fig = draw(*args, **kw)
             for ax in fig.axes if fig is not None else (): ax.tick_params(which="both", labelsize=7, width=.6)
+        finally: rcParams.update(before)
         return fig
     return drawn
 
@@ -122,7 +124,8 @@ def figure_sigma(results: Results, model: str | None = None):
         sigmas, (mean, lo, hi) = _by_sigma(results, model, p, "ssim")
         if sigmas:
             ax.plot(sigmas, mean, **_look("ssim"), label="SSIM at one sigma"); ax.fill_between(sigmas, lo, hi, color=COLORS["ssim"], alpha=.2, lw=0)
-            best = int(np.nanargmax(mean)); ax.plot(sigmas[best], mean[best], "*", color=COLORS["ssim"], mec="k", mew=.6, ms=11, zorder=5, label="best sigma on the test set")
+            if np.isfinite(mean).any(): best = int(np.nanargmax(mean)); ax.plot(sigmas[best], mean[best], "*", color=COLORS["ssim"], mec="k", mew=.6, ms=11, zorder=5, label="best sigma on the test set")
+        if results.rows(model=model, pathology=p).dice.isna().all(): ax.text(.5, .5, "no threshold", ha="center", color="0.4", transform=ax.transAxes); ax.set_yticks([])
         ax.set(ylim=(0, None), xlim=(.2, 1.97), xticks=np.arange(.3, 1.8, .4))
         if not strip: continue
         sigmas, (mean, lo, hi) = _by_sigma(results, "perfect map", p, "truth")
@@ -158,13 +161,13 @@ def figure_post(results: Results, model: str | None = None):
         if sigmas:
             dice = [_post_dice(mine, f"ssim_{s:g}") for s in sigmas]
             ax.plot(sigmas, dice, color=COLORS["ssim"], ls=style[e], marker="o", ms=2.5)
-            best = int(np.nanargmax(dice)); ax.plot(sigmas[best], dice[best], "*", color=COLORS["ssim"], mec="k", mew=.5, ms=9, zorder=5)
+            if np.isfinite(dice).any(): best = int(np.nanargmax(dice)); ax.plot(sigmas[best], dice[best], "*", color=COLORS["ssim"], mec="k", mew=.5, ms=9, zorder=5)
         if strip:
             perfect = at[at.model == "perfect map"]
             sigmas = [s for s in SIGMAS if (perfect.score == f"truth_{s:g}").any()]
             axes[2 * i, j].plot(sigmas, [_post_dice(perfect, f"truth_{s:g}") for s in sigmas], color=COLORS["perfect map"], ls=style[e])
             axes[2 * i, j].set(ylim=(0, 105), yticks=[0, 50, 100])
-    for ax in axes[strip::1 + strip].flat: ax.set(ylim=(0, None), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
+    for row in axes[strip::1 + strip]: row[0].set(ylim=(0, 1.08 * max(max(np.nanmax(l.get_ydata()) for a in row for l in a.lines), .1)), xlim=(.2, 1.8), xticks=np.arange(.3, 1.8, .4))
     for j, m in enumerate(medians): axes[0, j].set_title("no median" if m == 1 else f"median {m}³ voxels"); axes[-1, j].set_xlabel(r"$\sigma$ (voxels)")
     for i, p in enumerate(shown):
         axes[(1 + strip) * i + strip, 0].set_ylabel(f"{fill(NAMES.get(p, p), 20)}\nDice (%)")
@@ -241,15 +244,16 @@ def figure_size(results: Results, model: str | None = None, scores=("l1", "ssim_
             left.plot(v.lesion_ml, 100 * v.dice, marker=look["marker"], ls="", color=look["color"], ms=4, mew=0, alpha=.55, clip_on=False, label=f"{score_label(score)}: a patient")
             if len(line := _grouped(v)): left.plot(line.lesion_ml, 100 * line.dice, color=look["color"], ls=look["ls"], lw=1.8, label=f"{score_label(score)}: groups of like volume")
         _log_x(left); left.set(ylim=(0, None), ylabel="Dice (%)")
-        left.set_title(f"{NAMES.get(p, p)}, {v.shape[0]} patients", loc="left")
+        left.set_title(f"{NAMES.get(p, p)}, {v.shape[0]} patient{'s' * (len(v) != 1)}", loc="left")
         for ax in right:
             of = {s: found_by_size(found[(found.pathology == p) & (found.score == s)]) for s in scores if ((found.pathology == p) & (found.score == s)).any()}
+            if not of: ax.set_axis_off(); continue
             for k, (score, t) in enumerate(of.items()):
                 look, x = _look(score), t.mean_ml * 1.12**(2 * k - len(of) + 1)
                 ax.errorbar(x, 100 * t.found, yerr=100 * np.clip([t.found - t.lo, t.hi - t.found], 0, None), color=look["color"], marker=look["marker"], ls=look["ls"], lw=1.1, ms=4, elinewidth=1)
             _log_x(ax); ax.set(ylim=(0, 118), yticks=[0, 25, 50, 75, 100], ylabel="lesions found (%)")
-            for r in next(iter(of.values())).itertuples() if of else (): ax.text(r.mean_ml, 106, f"{r.n}", ha="center", va="bottom", fontsize=7, color="0.35")
-            ax.set_title(f"n = {sum(next(iter(of.values())).n) if of else 0} lesions; in each group:", loc="left", fontsize=8, color="0.35")
+            for r in next(iter(of.values())).itertuples(): ax.text(r.mean_ml, 106, f"{r.n}", ha="center", va="bottom", fontsize=7, color="0.35")
+            ax.set_title(f"n = {next(iter(of.values())).n.sum()} lesions; in each group:", loc="left", fontsize=8, color="0.35")
     for ax, label in zip(axes[-1], ("lesion volume of the patient (mL)", "size of a lesion (mL)")): ax.set_xlabel(label)
     _legend(fig, axes[:, 0], ncols=2)
     return fig
@@ -361,10 +365,12 @@ def figure_curves(results: Results, model: str | None = None):
             ax.plot(*_mean_curve(curve), color=look["color"], ls=look["ls"], label=f"{name}: {q[q.score == score].auprc_pooled.mean():.3f}")
             ax.plot(*([v] for v in _operating_point(curve, q[q.score == score])), marker="o", ms=5.5, mfc="w", mec=look["color"], mew=1.3, ls="", zorder=5)
         coin = q.prevalence.mean()
-        ax.axhline(coin, color=COLORS["perfect map"], lw=1); ax.text(.01, coin, f"coin: {coin:.3f}", fontsize=6.5, color="0.4", va="top", transform=ax.get_yaxis_transform())
-        ax.set(yscale="log", ylim=(coin / 2, (2 / coin)**.42), xlim=(0, 1)); ax.spines["left"].set_bounds(coin / 2, 1)                      # room above 1 for the legend
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if y <= 1 else ""); ax.yaxis.set_minor_formatter(""); ax.set_yticks([t for t in (1, .1, .01, .001, 1e-4) if t > coin / 2]); ax.yaxis.set_minor_locator(FixedLocator([a * 10.**-k for k in range(1, 5) for a in range(2, 10)]))
-        ax.legend(title="area under the curve", title_fontsize=6.5, fontsize=6.5, loc="upper center", ncols=2, handlelength=1.7, borderaxespad=0, labelspacing=.25, columnspacing=.8, handletextpad=.5)
+        low, high = coin / 2.5, min(1, max(10 * coin, 1.3 * max(np.max(l.get_ydata()) for l in ax.lines)))
+        ax.axhline(coin, color=COLORS["perfect map"], lw=1)
+        ax.set(yscale="log", ylim=(low, high * (high / low)**.42), xlim=(0, 1)); ax.spines["left"].set_bounds(low, high)                    # room above for the legend
+        ticks = lambda steps: FixedLocator([a * 10.**k for k in range(-6, 1) for a in steps if low <= a * 10.**k <= high])
+        ax.yaxis.set_major_locator(ticks((1, 2, 5) if high < 50 * low else (1,))); ax.yaxis.set_minor_locator(ticks(range(2, 10))); ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}"); ax.yaxis.set_minor_formatter("")
+        ax.legend(title=f"area under the curve (coin: {coin:.3f})", title_fontsize=6.5, fontsize=6.5, loc="upper center", ncols=2, handlelength=1.7, borderaxespad=0, labelspacing=.25, columnspacing=.8, handletextpad=.5)
     _named(pairs, shown, "recall", "precision")
     _legend(fig, [], [Line2D([], [], marker="o", ms=5.5, mfc="w", mec="0.3", mew=1.3, ls="", label="at the validation threshold"), Line2D([], [], color=COLORS["perfect map"], lw=1, label="a coin: precision is the prevalence")])
     return fig
@@ -377,7 +383,7 @@ def figure_calibration(results: Results, model: str | None = None):
     model, t = model or results.models[0], results.calibration
     if not len(t) or not (t.model == model).any(): return None
     t = t[(t.model == model) & t.score.isin([*PLAIN, "l1", "ssim_uniform", "ssim_ens"])]
-    contrasts = list(dict.fromkeys(t.contrast))
+    contrasts = sorted(set(t.contrast))
     fig, axes = plt.subplots(len(contrasts), 2, figsize=(6.2, .5 + 2.35 * len(contrasts)), squeeze=False)
     for (left, right), contrast in zip(axes, contrasts):
         g = t[t.contrast == contrast]
@@ -389,7 +395,7 @@ def figure_calibration(results: Results, model: str | None = None):
                 if column == "observed": v = v.clip(lower=100 * floor)
                 ax.plot(100 * v.index, v["mean"], **_look(score) | dict(ms=3.5), label=score_label(score)); ax.fill_between(100 * v.index, v["min"], v["max"], color=_look(score)["color"], alpha=.12, lw=0)
         ends = np.array([100 * g.nominal.min(), 100 * g.nominal.max()])
-        left.plot(ends, ends, color=COLORS["perfect map"], lw=1, label="as promised", zorder=0)
+        left.plot(ends, ends, color=COLORS["perfect map"], lw=1, label="observed = nominal", zorder=0)
         left.set(xscale="log", yscale="log", ylabel="observed: test voxels above (%)", ylim=(100 * floor * .8, None), title=f"Healthy {contrast}: share of voxels")
         right.set(xscale="log", ylabel="false positives after\npost-processing (mL a scan)", title=f"Healthy {contrast}: volume, {int(g.n_test.max())} scans")
         right.set_yscale("symlog", linthresh=1, linscale=.5); right.set_ylim(0, None)
@@ -472,6 +478,7 @@ def overlay(image, found, lesion) -> np.ndarray:
     for where, colour in zip((found & lesion, found & ~lesion, ~found & lesion), RESULT_COLORS.values()): rgb[where] = .3 * rgb[where] + .7 * np.array(colour) / 255
     return rgb
 
+# %% ../nbs/44_figures.ipynb #0787f0c0
 def _headline_cases(results: Results, model: str, pathology: str, scores) -> pd.DataFrame:
     "Test cases of the lowest fold at the headline rule, a row each: row (of the cohort, -1 if it is not there), subject_id, patient_id, lesion_ml, fold, [alpha], and dice and threshold by score: columns (name, score). Cases without a Dice are left out."
     c = results.cases[(results.cases.model == model) & (results.cases.pathology == pathology) & results.cases.score.isin(scores)]
@@ -505,6 +512,7 @@ def _draw_cases(results: Results, model: str, lines, scores):
     _legend(fig, [], [Patch(color=np.array(v) / 255, label=k) for k, v in RESULT_COLORS.items()])
     return fig
 
+# %% ../nbs/44_figures.ipynb #ae2806e7
 def _says(r) -> str:
     "A case in words: patient, strength, lesion volume."
     return f"{r['patient_id']}, lesion {r['lesion_ml']:.3g} mL" + (f", strength {r['alpha']:g}" if r.get("alpha", np.nan) == r.get("alpha", np.nan) else "")

@@ -88,7 +88,7 @@ class KeptMaps:
     """Post-processed maps of cohort rows as files in `folder`. Of a row, in its `region` of M voxels: `scores(row, k)` float32 of the k-th map, `truth(row)` and `eroded(row)` (the eroded brain mask), bool.
 
     `inside(row)`: the region itself, (H, W, D) bool."""
-    def __init__(self, cohort: Cohort, folder, config: ScoreConfig): self.cohort, self.folder, self.config = cohort, Path(folder), config
+    def __init__(self, cohort: Cohort, folder, config: ScoreConfig): self.cohort, self.folder, self.config, self._last = cohort, Path(folder), config, (None, None)
 
     def __contains__(self, row): return (self.folder/f"{row}.npy").exists()
 
@@ -98,7 +98,10 @@ class KeptMaps:
         for name, a in ((f"{row}-places", np.packbits(places)), (f"{row}", post_processed(self.cohort, row, maps, self.config))):
             with atomic_file(self.folder/f"{name}.npy") as tmp, open(tmp, "wb") as f: np.save(f, a)
 
-    def _places(self, row): return np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(2, *GRID_SHAPE)
+    def _places(self, row):
+        if self._last[0] != row: self._last = row, np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(2, *GRID_SHAPE)
+        return self._last[1]
+
     def inside(self, row): return self._places(row)[0]
     def eroded(self, row): return self._places(row)[1][self.inside(row)]
     def truth(self, row): return np.asarray(self.cohort.lesion_masks[row])[self.inside(row)]

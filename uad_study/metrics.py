@@ -182,7 +182,7 @@ def lesion_wise(pred, truth, min_overlap: float = 0.0, min_iou: float = 0.0, ign
     else: found, hits = (int((c[c > 0] >= min_overlap).sum()) for c in (np.bincount(k, n, len(size)) / size for k, size in ((i, size_t), (j, size_p))))
     lesions, predicted = len(size_t), len(size_p)
     sensitivity, precision = found / lesions if lesions else math.nan, hits / predicted if predicted else math.nan
-    f1 = math.nan if not lesions else 2 * sensitivity * precision / (sensitivity + precision) if found and hits else 0.
+    f1 = math.nan if not lesions else 2 * sensitivity * precision / (sensitivity + precision) if found else 0.
     return dict(lesions=lesions, found=found, predicted=predicted, false_alarms=predicted - hits, sensitivity=sensitivity, precision=precision, f1=f1)
 
 def _matched(i, j, iou, least):

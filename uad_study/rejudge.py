@@ -45,7 +45,7 @@ def _judged(out: Path, parameters: dict, work, places: dict, made_from: dict, st
     remove_leftovers(folder, *(p for p in folder.iterdir() if p.is_dir()))
     write_json(folder/"run.json", dict(stage="evaluate", label=label, key=key, study=study, parameters=parameters, device="cpu", cohort=made_from["cohort_sha256"]), RUN)
     write_json(folder/"places.json", {k: _relative(v, folder) for k, v in places.items()}, PLACES)
-    tables = work(folder, Ticker(folder, label))
+    tables = work(folder, Ticker(folder, label, bar=False))
     cohort = Cohort(places["cohort_dir"])
     results = dict(cases=len(tables["cases"]), cohort=cohort.facts(), **made_from)
     if len(tables.get("restorations", ())): results["restoration_ssim"] = float(tables["restorations"].ssim.mean())
@@ -74,10 +74,10 @@ def _again(spec: dict) -> Path:
                               from_dict(ReportConfig, q["report_config"], "report"), tick, spec["rows"])
     return _judged(Path(spec["out"]), q, work, places, spec["made_from"], spec["study"])
 
-def judge_again(source, out, changes: dict | None = None, suffix: str = "", report: dict | None = None, pmap=map) -> Results:
+def judge_again(source, out, changes: dict | None = None, suffix: str = "", report: dict | None = None, pmap=map, tell=None) -> Results:
     """Judge the restorations that the results in the folder `source` are made of again, with the settings `changes` of `ScoreConfig`; no model is loaded. Writes evaluations to `out` and returns their results.
 
-    `suffix`: what is added to each model's name, so that both can stand in one report. `report`: settings of `ReportConfig` (default: the source's). `pmap` may work in parallel. Raises `UadError` where restorations are gone."""
+    `suffix`: what is added to each model's name, so that both can stand in one report. `report`: settings of `ReportConfig` (default: the source's). `pmap` may work in parallel; `tell(text)` hears what is judged and done. Raises `UadError` where restorations are gone."""
     old, out, specs = gather([source]), Path(out), []
     if old.cohort is None: raise UadError(f"{source}: the volumes that were judged are not there: name the folder of results where they are")
     for i, (d, e, t, label) in enumerate(zip(old.evaluate_dirs, old.evaluations, old.trainings, old.labels)):
@@ -91,7 +91,11 @@ def judge_again(source, out, changes: dict | None = None, suffix: str = "", repo
                           made_from=dict(cohort_sha256=file_sha256(cohort_dir/"cohort.json"), evaluation=e["key"], checkpoint_sha256=e["results"].get("checkpoint_sha256"))))
     title = old.title + (f"; judged again with {', '.join(f'{k} {v}' for k, v in changes.items())}" if changes else "")
     variants = [v | ({"label": f"{v['label']}, {suffix}", "base": f"{v['base']}, {suffix}"} if suffix else {}) for v in old.variants.values()]
-    return _finish(out, title, old.study, list(pmap(_again, specs)), specs[0]["places"]["cohort_dir"], variants)
+    made = []
+    for s, folder in zip(specs, pmap(_again, specs)):
+        made.append(folder)
+        if tell: tell(f"judged {s['parameters']['label']} on {s['parameters']['contrast']}, fold {s['parameters']['fold']} ({read_json(folder/'result.json', RESULT)['provenance']['seconds']:.0f} s)")
+    return _finish(out, title, old.study, made, specs[0]["places"]["cohort_dir"], variants)
 
 def kept_rows(folder) -> set[int]:
     "The cohort rows whose restorations were given by a user and are kept in an evaluation's folder."
@@ -134,7 +138,7 @@ def fold_folders(folder, fold: int) -> dict[int, Path]:
     folds = {int(p.name[5:]): p for p in Path(folder).glob("fold-*") if p.is_dir() and p.name[5:].isdigit()} if Path(folder).is_dir() else {}
     return dict(sorted(folds.items())) or {fold: Path(folder)}
 
-def judge_files(source, out, folder, what: str = "maps", model: str = "maps", contrast: str = "", fold: int = 0, changes: dict | None = None, report: dict | None = None) -> Results:
+def judge_files(source, out, folder, what: str = "maps", model: str = "maps", contrast: str = "", fold: int = 0, changes: dict | None = None, report: dict | None = None, tell=None) -> Results:
     """Judge NIfTI files of another method on the cohort in `source`: `what` is 'maps' (anomaly maps, high where suspicious; sub-folders are scores) or 'reconstructions' (scored by every score of `ScoreConfig`).
 
     `folder`: see `evaluate.find_files` for names; fold-K sub-folders are folds. `contrast`: '' for each that has files. Writes evaluations to `out`, returns their results. Raises `UadError` naming file and mend."""
@@ -155,6 +159,7 @@ def judge_files(source, out, folder, what: str = "maps", model: str = "maps", co
             if not found: continue
             if len(found) < len(scores): raise UadError(f"{place/next(n for n in scores if n not in found)}: holds no {c} files, but {place/next(iter(found))} does: give every score the same volumes")
             made.append(_judge_files(cohort, Path(out), found, what, model, c, k, changes, report))
+            if tell: tell(f"judged {model} on {c}, fold {k}: {', '.join(n for n in found if n) or 'restorations'}")
         if len(seen) and not any(m for m in made): raise UadError(seen[0])
     return _finish(Path(out), f"{model}, judged on {cohort.info['source']} volumes", model, made, cohort_dir)
 

@@ -17,7 +17,7 @@ from .core import UadError, atomic_dir, atomic_file, file_sha256, read_json, wri
 from .cohort import Cohort
 from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
-from .results import NAMES, Results, TABLE_COLUMNS
+from .results import JUDGEMENT, NAMES, Results, TABLE_COLUMNS, judgement
 from .runs import RESULT, slug
 from .tables import (Table, cautions, html, latex, no_number, number, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations, table_sizes,
                               table_tests, table_thresholds, table_variants)
@@ -86,8 +86,9 @@ def save_figure(fig, file) -> bytes:
     "Write `file`.png and `file`.pdf (vectors, letters as letters), close the figure, and return the bytes of the picture."
     import matplotlib.pyplot as plt
     if fig.get_layout_engine() is not None:
-        for _ in range(4): fig.draw_without_rendering()                             # a constrained layout settles in steps, whose first ones differ from call to call
+        for _ in range(2): fig.draw_without_rendering()                             # a constrained layout settles in steps, and never quite the same: so it is rounded and kept
         fig.set_layout_engine("none")
+        for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 3))
     png = io.BytesIO(); fig.savefig(png, format="png", dpi=150, metadata={"Software": None})
     with plt.rc_context({"pdf.fonttype": 42}), atomic_file(Path(f"{file}.pdf")) as tmp: fig.savefig(tmp, format="pdf", metadata={k: None for k in ("CreationDate", "Creator", "Producer")})
     with atomic_file(Path(f"{file}.png")) as tmp: tmp.write_bytes(png.getvalue())
@@ -170,7 +171,7 @@ def _where_from(results: Results, provenance: dict) -> str:
     out = [f"<p>{escape('; '.join(filter(None, said)))}.</p>", html(table_provenance(provenance))]
     out += [f"<details><summary>{escape(r['label'])}: settings, results, versions</summary><pre>{escape(json.dumps(r, indent=1))}</pre></details>" for r in provenance["runs"]]
     out.append(f"<details><summary>The volumes: preparation and hashes</summary><pre>{escape(json.dumps(provenance['volumes'], indent=1))}</pre></details>")
-    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), provenance.json (this section, for programs), "
+    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
                            f"tables/*.tex, figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict) -> str:
@@ -185,7 +186,7 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
 
 # %% ../nbs/46_report.ipynb #7dee2fc9
 def write_report(results: Results, out_dir):
-    """Write to `out_dir`: report.html (needs nothing else), table.csv, cases.csv, cases.parquet, provenance.json, tables/*.tex and figures/*.png and *.pdf.
+    """Write to `out_dir`: report.html (needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex and figures/*.png and *.pdf.
 
     Each file, and each of the two folders, is there whole or not at all; the folders hold nothing else afterwards."""
     out_dir = Path(out_dir)
@@ -200,6 +201,7 @@ def write_report(results: Results, out_dir):
     with atomic_file(out_dir/"cases.csv") as tmp: results.cases.to_csv(tmp, index=False)
     with atomic_file(out_dir/"cases.parquet") as tmp: results.cases.to_parquet(tmp, index=False)
     write_json(out_dir/"provenance.json", provenance, PROVENANCE)
+    write_json(out_dir/"judgement.json", placeless(judgement(results)), JUDGEMENT)
     with atomic_file(out_dir/"report.html") as tmp: tmp.write_text(page)
 
 # %% ../nbs/46_report.ipynb #28c3add9
