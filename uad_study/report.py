@@ -35,7 +35,7 @@ td.best{font-weight:700}td.best small{font-weight:400}td.none{color:#7b838f;font
 pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}nav ol{margin:.3rem 0;padding:0;list-style:none;columns:2}nav a{color:#1f4e8c;text-decoration:none}nav a:hover{text-decoration:underline}
 @media(min-width:84rem){body.contents{max-width:1340px;padding-left:15.5rem;position:relative}nav{position:fixed;top:2.5rem;margin-left:-14.5rem;width:12.5rem;font-size:.84rem;max-height:90vh;overflow:auto}nav ol{columns:1}nav li{margin:.3rem 0;line-height:1.3}}
 @media print{@page{size:A4;margin:13mm}html{font-size:12px}body,body.contents{font-size:1rem;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
-th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}td.long{min-width:0}#provenance td{overflow-wrap:anywhere}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}td.long{min-width:0}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 def page_of(title: str, body: str, generator: str, kind: str = "", style: str = STYLE) -> str:
@@ -126,14 +126,14 @@ def _seed(parameters: dict):
 
 def table_provenance(provenance: dict) -> Table:
     "The runs of `provenance_of`, a line each."
-    t = Table("provenance", "Every run: hashes by their first 12 digits.", ["run", "key", "commit", "uad_study", "torch", "device", "threads", "seed", "time (s)", "cohort", "checkpoint"])
-    short = lambda v: no_number("not recorded") if not v else str(v)[:12]
+    t = Table("provenance", "Every run: hashes by their first 8 digits.", ["run", "key", "commit", "uad_study", "torch", "device", "threads", "seed", "time (s)", "cohort", "checkpoint"])
+    short = lambda v, digits=40: no_number("not recorded") if not v else str(v)[:digits]
     for r in provenance["runs"]:
         p, q = r["provenance"], r["results"] or {}
-        commit = f"{p['commit'][:12]}{', changed' if p.get('dirty') else ''}" if p.get("commit") else no_number("not recorded")
+        commit = f"{p['commit'][:8]}{', changed' if p.get('dirty') else ''}" if p.get("commit") else no_number("not recorded")
         seed = _seed(r["parameters"])
-        t.add(r["label"], r["key"], commit, p.get("uad_study") or no_number("not recorded"), short((p.get("packages") or {}).get("torch")), short(p.get("device")), number(p.get("threads"), "d", why="not recorded"), no_number("none of its own") if seed is None else str(seed),
-              number(p.get("seconds"), ".0f", why="not recorded"), short(r.get("cohort") or q.get("cohort_sha256")), short(q["checkpoint_sha256"]) if q.get("checkpoint_sha256") else no_number("none restored"))
+        t.add(r["label"], r["key"][:8], commit, p.get("uad_study") or no_number("not recorded"), short((p.get("packages") or {}).get("torch")), short(p.get("device")), number(p.get("threads"), "d", why="not recorded"), no_number("none of its own") if seed is None else str(seed),
+              number(p.get("seconds"), ".0f", why="not recorded"), short(r.get("cohort") or q.get("cohort_sha256"), 8), short(q["checkpoint_sha256"], 8) if q.get("checkpoint_sha256") else no_number("none restored"))
     return t
 
 # %% ../nbs/46_report.ipynb #f16ab1fe
@@ -166,11 +166,12 @@ def _sections(results: Results, tables: dict, figures: dict) -> dict[str, str]:
 
 def _where_from(results: Results, provenance: dict) -> str:
     "The HTML of the last section."
-    volumes = {k: v for k, v in provenance["volumes"].items() if v is not None and k != "prepare"}
-    out = [f"<p>The volumes: {escape(', '.join(f'{k} {v}' for k, v in volumes.items() if k != 'sha256'))}.</p>", html(table_provenance(provenance))]
+    v = provenance["volumes"]
+    said = [f"{v['n']} volumes" if v.get("n") else "Volumes that are not recorded", f"source: {v['source']}" if v.get("source") else "", f"data sets: {', '.join(v['datasets'])}" if v.get("datasets") else "", f"space: {v['space']}" if v.get("space") else ""]
+    out = [f"<p>{escape('; '.join(filter(None, said)))}.</p>", html(table_provenance(provenance))]
     out += [f"<details><summary>{escape(r['label'])}: settings, results, versions</summary><pre>{escape(json.dumps(r, indent=1))}</pre></details>" for r in provenance["runs"]]
     out.append(f"<details><summary>The volumes: preparation and hashes</summary><pre>{escape(json.dumps(provenance['volumes'], indent=1))}</pre></details>")
-    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section for programs), "
+    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
                            f"tables/*.tex, figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict) -> str:
@@ -181,7 +182,7 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
     contents = "<nav aria-label=Contents><ol><li><a href='#first'>What to know first</a></li>" + "".join(f"<li><a href='#{slug(h)}'>{escape(h)}</a></li>" for h in sections) + "</ol></nav>"
     first = "<div class=note id=first><h2>What to know first</h2><ul>" + "".join(f"<li>{escape(placeless(n))}</li>" for n in cautions(results)) + "</ul></div>"
     lead = "<p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs.</p>"
-    return page_of(results.title, contents + f"<h1>{escape(results.title)}</h1>" + lead + first + "".join(f"<h2 id='{slug(h)}'>{escape(h)}</h2>{part}" for h, part in sections.items()), "uad-report/1", "contents")
+    return page_of(results.title, f"<h1>{escape(results.title)}</h1>" + lead + contents + first + "".join(f"<h2 id='{slug(h)}'>{escape(h)}</h2>{part}" for h, part in sections.items()), "uad-report/1", "contents")
 
 # %% ../nbs/46_report.ipynb #7dee2fc9
 def write_report(results: Results, out_dir):
