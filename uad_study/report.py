@@ -86,7 +86,7 @@ def save_figure(fig, file) -> bytes:
     "Write `file`.png and `file`.pdf (vectors, letters as letters), close the figure, and return the bytes of the picture."
     import matplotlib.pyplot as plt
     if fig.get_layout_engine() is not None:
-        for _ in range(2): fig.draw_without_rendering()                             # a constrained layout settles in steps, and never quite the same: so it is rounded and kept
+        fig.draw_without_rendering()                                                # a constrained layout is never quite the same: so it is rounded and kept
         fig.set_layout_engine("none")
         for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 3))
     png = io.BytesIO(); fig.savefig(png, format="png", dpi=150, metadata={"Software": None})
