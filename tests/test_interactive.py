@@ -77,6 +77,7 @@ def test_everything_is_drawn(page):
     marks = page.evaluate("Object.fromEntries([...document.querySelectorAll('.plot > div')].map(d => [d.id, d.querySelectorAll('.scatterlayer .js-line, .scatterlayer .point, .heatmaplayer image').length]))")
     assert all(marks[i] >= n for i, n in dict(zip(IDS, (20, 20, 12, 12, 3, 1, 20))).items()), marks
     assert "Virtual cohort" in page.inner_text(".note") and page.evaluate("document.querySelector('.note').getBoundingClientRect().top < document.getElementById('sigma-0').getBoundingClientRect().top")
+    assert {b.get_attribute("data-title") for b in page.locator(".modebar-btn").all()} == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}, "no button that sends the chart away"
     if shot := os.environ.get("UAD_SCREENSHOT"): page.screenshot(path=shot, full_page=True)
 
 

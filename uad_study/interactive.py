@@ -57,7 +57,7 @@ def _digits(values, n: int = 4) -> list:
 
 # %% ../nbs/45_interactive.ipynb #bf534861
 _AXIS = dict(linecolor="#9aa1ab", ticks="outside", tickcolor="#9aa1ab", gridcolor=_PALE, zeroline=False, automargin=True, title=dict(standoff=8, font=dict(size=14)))
-_LOOK = dict(layout=dict(font=dict(family="system-ui,sans-serif", size=13, color="#1b1e23"), xaxis=_AXIS, yaxis=_AXIS, paper_bgcolor="#fff", plot_bgcolor="#fff", hoverlabel=dict(bgcolor="#fff", bordercolor="#9aa1ab", align="left"),
+_LOOK = dict(layout=dict(font=dict(family="system-ui,sans-serif", size=13, color="#1b1e23"), xaxis=_AXIS, yaxis=_AXIS, paper_bgcolor="#fff", plot_bgcolor="#fff", hoverlabel=dict(bgcolor="#fff", bordercolor="#9aa1ab", align="left", font=dict(color="#1b1e23")),
                          legend=dict(groupclick="togglegroup", tracegroupgap=0, font=dict(size=12))))
 
 def _menu(prefix: str, choices, x: float = 0, y: float = 1.0, **kw) -> list[dict]:
@@ -155,7 +155,7 @@ def plot_cases(results: Results):
     size = lambda v: [round(float(np.clip(6 + 4 * np.log10(1 + s), 6, 18)), 1) for s in v]
     traces = [dict(x=ax[0]["x"][i], y=ay[0]["y"][i], text=[html.escape(str(w)) for w in wide.loc[p].index], customdata=_digits(ml.loc[p]), meta=[ax[0]["meta[0]"][i], ax[0]["meta[1]"][i], ay[0]["meta[2]"][i], ay[0]["meta[3]"][i], html.escape(p[0])],
                    mode="markers", name=_name(results, *p[1:]), legendgroup=" ".join(p[1:]), marker=dict(symbol=_SYMBOLS[kinds.index(p[1:]) % len(_SYMBOLS)], size=size(ml.loc[p]), color="rgba(74,82,96,.6)", line=dict(color="#fff", width=1)),
-                   hovertemplate="<b>%{text}</b>, lesion %{customdata:.3~g} mL<br>%{meta[2]}: %{y:.1f} % at threshold %{meta[3]}<br>%{meta[0]}: %{x:.1f} % at threshold %{meta[1]}<extra>" + _name(results, *p[1:]) + ", %{meta[4]}</extra>") for i, p in enumerate(places)]
+                   hovertemplate="<b>%{text}</b>, lesion %{customdata:.3~g} mL<br>%{meta[2]}: %{y:.1f} % at threshold %{meta[3]}<br>%{meta[0]}: %{x:.1f} % at threshold %{meta[1]}<br>" + _name(results, *p[1:]) + ", %{meta[4]}<extra></extra>") for i, p in enumerate(places)]
     own = lambda m: [p[0] == m for p in places]
     models = [(html.escape(m), {"opacity": [float(b) for b in own(m)], "hoverinfo": ["all" if b else "skip" for b in own(m)], "showlegend": own(m)}, {}) for m in results.models if any(own(m))]
     for t, *v in zip(traces, *models[0][1].values()): t.update(zip(models[0][1], v))
@@ -306,15 +306,15 @@ def plot_calibration(results: Results):
 # %% ../nbs/45_interactive.ipynb #bb35d8cd
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1b1e23;background:#fff;max-width:1120px;margin:2.5rem auto;padding:0 1.25rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.4rem 0 .6rem}p{max-width:78ch}figure{margin:1rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}
-.lead{color:#4a5260}.note{border-left:4px solid #c77700;background:#fff7e8;padding:.6rem 1rem;margin:1rem 0}.note p{margin:.2rem 0}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.25rem;margin:2.6rem 0 .6rem;padding-top:.4rem;border-top:1px solid #e4e7eb}p,li{max-width:78ch}figure{margin:1.2rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}
+.lead{color:#4a5260}.note{border-left:4px solid #c77700;background:#fff7e8;padding:.6rem 1rem;margin:1rem 0}.note h2{border:0;margin:0 0 .3rem;padding:0}.note li{margin:.25rem 0}.note ul{margin:.2rem 0;padding-left:1.1rem}
 .plot{overflow-x:auto}.plot>div{min-width:58rem}
 """
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _DRAW = """
 const S = JSON.parse(document.getElementById("shared").textContent), F = JSON.parse(document.getElementById("figures").textContent);
 const whole = v => v === null || typeof v !== "object" ? v : Array.isArray(v) ? v.map(whole) : "$" in v ? S[v.$] : Object.fromEntries(Object.entries(v).map(([k, w]) => [k, whole(w)]));
-for (const [id, f] of Object.entries(F)) Plotly.newPlot(id, whole(f.data), whole(f.layout), {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]});
+for (const [id, f] of Object.entries(F)) Plotly.newPlot(id, whole(f.data), whole(f.layout), {displaylogo: false, responsive: true, modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]]});
 """
 
 def _shared(value, kept: dict):
@@ -324,6 +324,10 @@ def _shared(value, kept: dict):
     if len(value) < 4 or any(isinstance(v, (dict, list, tuple)) for v in value): return [_shared(v, kept) for v in value]
     key = hashlib.sha256(json.dumps(value).encode()).digest()
     return {"$": kept.setdefault(key, (len(kept), value))[0]}
+
+def _placeless(sentence: str) -> str:
+    "A sentence without the folders of the paths in it."
+    return re.sub(r"(?:\.\./){2,}(?:[^\s/:,;]+/)*|(?<![\w.:/<>])~?/(?:[^\s/:,;]+/)+", "", sentence)
 
 def _json(value) -> str: return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -346,7 +350,7 @@ def write_interactive(results: Results, file):
     e, sections, kept = html.escape, _sections(results), {}
     figures = {name: _shared(fig.to_plotly_json(), kept) for name, _, fig, _ in sections if fig is not None}
     parts = [f"<h1>{e(results.title)}</h1><p class=lead>The study's figures to point at, choose from and zoom into (drag a frame; double-click to come back). Dice is volumetric, in percent, on the test set.</p>",
-             "<div class=note>" + "".join(f"<p>{e(n)}</p>" for n in cautions(results)) + "</div><noscript><p>The plots need JavaScript; report.html shows them without.</p></noscript>"]
+             "<div class=note><h2>What to know first</h2><ul>" + "".join(f"<li>{e(_placeless(n))}</li>" for n in cautions(results)) + "</ul></div><noscript><p>The plots need JavaScript; report.html shows them without.</p></noscript>"]
     parts += [f"<h2>{e(title)}</h2><figure><div class=plot><div id={name} style='height:{fig.layout.height}px'></div></div><figcaption>{e(says)}</figcaption></figure>" for name, title, fig, says in sections if fig is not None]
     if missing := [title for _, title, fig, _ in sections if fig is None]: parts.append(f"<p><small>Left out, as their tables are empty: {e('; '.join(missing))}</small></p>")
     parts.append(f"<p><small>uad_study {e(__version__)}, study {e(results.study)}. Research use only: not a medical device.</small></p>")
