@@ -157,7 +157,8 @@ def plot_cases(results: Results):
                    mode="markers", name=_name(results, *p[1:]), legendgroup=" ".join(p[1:]), marker=dict(symbol=_SYMBOLS[kinds.index(p[1:]) % len(_SYMBOLS)], size=size(ml.loc[p]), color="rgba(74,82,96,.6)", line=dict(color="#fff", width=1)),
                    hovertemplate="<b>%{text}</b>, lesion %{customdata:.3~g} mL<br>%{meta[2]}: %{y:.1f} % at threshold %{meta[3]}<br>%{meta[0]}: %{x:.1f} % at threshold %{meta[1]}<br>" + _name(results, *p[1:]) + ", %{meta[4]}<extra></extra>") for i, p in enumerate(places)]
     own = lambda m: [p[0] == m for p in places]
-    models = [(html.escape(m), {"opacity": [float(b) for b in own(m)], "hoverinfo": ["all" if b else "skip" for b in own(m)], "showlegend": own(m)}, {}) for m in results.models if any(own(m))]
+    models = [(html.escape(m), {"opacity": [float(b) for b in own(m)], "hovertemplate": [t["hovertemplate"] if b else "" for t, b in zip(traces, own(m))], "hoverinfo": ["all" if b else "skip" for b in own(m)], "showlegend": own(m)}, {})
+              for m in results.models if any(own(m))]                                    # hidden in a way that `visible`, the pathology's, does not undo; a template would speak in spite of 'skip'
     for t, *v in zip(traces, *models[0][1].values()): t.update(zip(models[0][1], v))
     pathologies = [("all", {"visible": [True] * len(places)}, {}), *((_name(results, *k), {"visible": [p[1:] == k for p in places]}, {}) for k in kinds)] if len(kinds) > 1 else []
     first = lambda s: sorted(scores, key=lambda q: q != s)
