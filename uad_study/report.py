@@ -17,7 +17,7 @@ from .core import UadError, atomic_dir, atomic_file, file_sha256, read_json, wri
 from .cohort import Cohort
 from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
-from .results import NAMES, Results, TABLE_COLUMNS
+from .results import JUDGEMENT, NAMES, Results, TABLE_COLUMNS, judgement
 from .runs import RESULT, slug
 from .tables import (Table, cautions, html, latex, no_number, number, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations, table_sizes,
                               table_tests, table_thresholds, table_variants)
@@ -50,20 +50,20 @@ SECTIONS = {
 "The headings of the page in order, and the tables below each. A heading without anything below it is left out."
 
 FIGURES = (
-    (figure_size, "Lesion by lesion, and by size", "Dice of each test patient against lesion volume, and the share of lesions found by their size, {model}."),
-    (figure_transfer, "Whose threshold?", "Dice under thresholds from elsewhere, {model}: the change against the threshold of the pathology's own validation set."),
-    (figure_thresholds, "Whose threshold?", "The thresholds themselves, {model}: a mark per fold and rule."),
-    (figure_curves, "Over all thresholds", "Precision against recall over pooled test voxels, {model}; the point is the threshold from validation."),
-    (figure_calibration, "Healthy scans", "False positives on healthy test scans at thresholds set on healthy validation scans, {model}."),
-    (figure_ceiling, "The ceiling", "Dice of a perfect map: the truth itself, or blurred by sigma voxels, through the same erosion, median, threshold and components. What is left is the most that any score can reach. The median removes small lesions; some blur saves them."),
-    (figure_post, "The ceiling", "Dice against sigma under other post-processing, on a few volumes, {model}, with the perfect map above: how much of a preference for some sigma is the median's."),
-    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}. Star: best sigma on the test set (nobody knows it beforehand; the table's \"sigma chosen on validation\" is what tuning buys)."),
-    (figure_fold_spread, "Folds", "Dice of each fold beside the 95 % interval over patients, {model}."),
+    (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines join groups of patients of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
+    (figure_transfer, "Whose threshold?", "Dice (%) of {model} at each threshold rule (rows) on each test set (columns). Boxed: the headline threshold. Small numbers: change in Dice points against it; colour: the same in percent, orange lost and purple gained. A dash was not tried."),
+    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule. Where folds scatter as wide as the rules differ, a rule has little to say. Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
+    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model} (mean over folds). Grey: a coin, whose precision is the prevalence. Rings: the threshold from validation, before small components are removed."),
+    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan. Shading: range over folds."),
+    (figure_ceiling, "The ceiling", "What is left of a perfect map: Dice of the truth, blurred by sigma, by median and erosion (on a few volumes), and under the study's own settings (black, all test patients). Diamond: the truth without blur. The median removes small lesions; some blur saves them."),
+    (figure_post, "The ceiling", "Dice of {model} against sigma with no median, 3³ and 5³ voxels, with and without erosion of the brain mask, each with its own threshold from validation, on a few volumes. Star: best sigma. Where the star moves with the median, part of the preference is the filter's. Above: the ceiling under the same post-processing."),
+    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: one standard deviation over folds, or with a single fold the 95 % interval over patients. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
+    (figure_fold_spread, "Folds", "Dots: Dice of each fold, {model}. Bar: mean and 95 % interval over patients, folds averaged first. Folds share one test set; their spread says nothing about other patients."),
     (figure_variants, "What matters", "What each setting changes in Dice, {model}: paired difference to the base, 95 % intervals over patients."),
     (figure_alpha, "How subtle may a lesion be?", "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible."),
     (figure_maps, "Cases", "Restorations and anomaly maps of {model}, before post-processing. One test patient per pathology: the one with the median lesion volume. Each map has its own colour scale."),
-    (figure_cases, "Cases", "{pathology}, {model}: the worst, the median and the best test case by Dice of SSIM-ens."),
-    (figure_gap, "Cases", "{pathology}, {model}: the test cases where SSIM-ens and l1 differ most, in either direction."),
+    (figure_cases, "Cases", "{pathology}, {model}: the worst, the median and the best test patient by Dice of SSIM-ens, at the slice with most lesion. Green: found; orange: false alarm; purple: missed. Each map has its own colour scale."),
+    (figure_gap, "Cases", "{pathology}, {model}: the patients where SSIM-ens is furthest ahead of l1, and l1 of SSIM-ens; a side is left out where it is never ahead."),
     (figure_training, "Training", "Left: validation loss on fixed slices, steps and noise. Others: Dice of l1 and SSIM-ens on a few test volumes at snapshots of the training, each with its own threshold."))
 
 def _calls(draw, results: Results) -> list[dict]:
@@ -86,8 +86,9 @@ def save_figure(fig, file) -> bytes:
     "Write `file`.png and `file`.pdf (vectors, letters as letters), close the figure, and return the bytes of the picture."
     import matplotlib.pyplot as plt
     if fig.get_layout_engine() is not None:
-        for _ in range(4): fig.draw_without_rendering()                             # a constrained layout settles in steps, whose first ones differ from call to call
+        for _ in range(2): fig.draw_without_rendering()                             # a constrained layout settles in steps, and never quite the same: so it is rounded and kept
         fig.set_layout_engine("none")
+        for ax in fig.axes: ax.set_position(np.round(ax.get_position().bounds, 3))
     png = io.BytesIO(); fig.savefig(png, format="png", dpi=150, metadata={"Software": None})
     with plt.rc_context({"pdf.fonttype": 42}), atomic_file(Path(f"{file}.pdf")) as tmp: fig.savefig(tmp, format="pdf", metadata={k: None for k in ("CreationDate", "Creator", "Producer")})
     with atomic_file(Path(f"{file}.png")) as tmp: tmp.write_bytes(png.getvalue())
@@ -169,7 +170,7 @@ def _where_from(results: Results, provenance: dict) -> str:
     out = [f"<p>The volumes: {escape(', '.join(f'{k} {v}' for k, v in volumes.items() if k != 'sha256'))}.</p>", html(table_provenance(provenance))]
     out += [f"<details><summary>{escape(r['label'])}: settings, results, versions</summary><pre>{escape(json.dumps(r, indent=1))}</pre></details>" for r in provenance["runs"]]
     out.append(f"<details><summary>The volumes: preparation and hashes</summary><pre>{escape(json.dumps(provenance['volumes'], indent=1))}</pre></details>")
-    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), provenance.json (this section for programs), "
+    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section for programs), "
                            f"tables/*.tex, figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict) -> str:
@@ -184,7 +185,7 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
 
 # %% ../nbs/46_report.ipynb #7dee2fc9
 def write_report(results: Results, out_dir):
-    """Write to `out_dir`: report.html (needs nothing else), table.csv, cases.csv, cases.parquet, provenance.json, tables/*.tex and figures/*.png and *.pdf.
+    """Write to `out_dir`: report.html (needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex and figures/*.png and *.pdf.
 
     Each file, and each of the two folders, is there whole or not at all; the folders hold nothing else afterwards."""
     out_dir = Path(out_dir)
@@ -199,6 +200,7 @@ def write_report(results: Results, out_dir):
     with atomic_file(out_dir/"cases.csv") as tmp: results.cases.to_csv(tmp, index=False)
     with atomic_file(out_dir/"cases.parquet") as tmp: results.cases.to_parquet(tmp, index=False)
     write_json(out_dir/"provenance.json", provenance, PROVENANCE)
+    write_json(out_dir/"judgement.json", placeless(judgement(results)), JUDGEMENT)
     with atomic_file(out_dir/"report.html") as tmp: tmp.write_text(page)
 
 # %% ../nbs/46_report.ipynb #28c3add9
