@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest
 from html.parser import HTMLParser
 from uad_study import report, tables
 from uad_study.manifest import listing
-from uad_study.report import PROVENANCE, SECTIONS, placeless, provenance_of, report_page, table_provenance, write_report
+from uad_study.core import placeless
+from uad_study.report import PROVENANCE, SECTIONS, provenance_of, report_page, table_provenance, write_report
 from uad_study.results import CASE_TABLES, chosen_sigma, invented_study, summarise
 from uad_study.tables import (Cell, Table, cautions, html, latex, markdown, paper_dataset, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations,
                               table_sizes, table_tests, table_thresholds, table_variants, tex, text)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'UadError', 'setup_logging', 'os_error', 'atomic_file', 'atomic_dir', 'remove_leftovers', 'write_json',
-           'read_json', 'nearest', 'choice', 'from_dict', 'read_yaml', 'digest', 'derive_seed', 'file_sha256']
+           'read_json', 'placeless', 'nearest', 'choice', 'from_dict', 'read_yaml', 'digest', 'derive_seed',
+           'file_sha256']
 
 # %% ../nbs/00_core.ipynb #d5525f8d
-import difflib, errno, hashlib, json, logging, math, os, shutil
+import difflib, errno, hashlib, json, logging, math, os, re, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -97,6 +98,15 @@ def read_json(path, format: str) -> dict:
     found = data.get("format") if isinstance(data, dict) else None
     if found != format: raise UadError(f"{path}: is of format {found!r}, but {format!r} is needed: make it again with this version")
     return data
+
+# %% ../nbs/00_core.ipynb #f03dcf92
+def placeless(value):
+    "A JSON-like value without the folders of absolute paths, and of paths that lead further up than the results."
+    if isinstance(value, dict): return {k: placeless(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [placeless(v) for v in value]
+    if not isinstance(value, str): return value
+    if re.match(r"(/|~/|[A-Za-z]:[\\/])", value) and ": " not in value: return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return re.sub(r"(?:\.\./){2,}(?:[^\s/:,;]+/)*|(?<![\w.:/<>])~?/(?:[^\s/:,;]+/)+", "", value)
 
 # %% ../nbs/00_core.ipynb #a6225469
 def nearest(name, known) -> str:

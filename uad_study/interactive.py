@@ -11,7 +11,7 @@ import hashlib, html, json, re
 import numpy as np, pandas as pd
 from pathlib import Path
 from . import __version__
-from .core import atomic_file
+from .core import atomic_file, placeless
 from .results import NAMES, Results, headline_rule, mean_std, score_label, score_order
 from .scores import SIGMAS
 from .tables import cautions
@@ -326,10 +326,6 @@ def _shared(value, kept: dict):
     key = hashlib.sha256(json.dumps(value).encode()).digest()
     return {"$": kept.setdefault(key, (len(kept), value))[0]}
 
-def _placeless(sentence: str) -> str:
-    "A sentence without the folders of the paths in it."
-    return re.sub(r"(?:\.\./){2,}(?:[^\s/:,;]+/)*|(?<![\w.:/<>])~?/(?:[^\s/:,;]+/)+", "", sentence)
-
 def _json(value) -> str: return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 # %% ../nbs/45_interactive.ipynb #bd851d50
@@ -351,7 +347,7 @@ def write_interactive(results: Results, file):
     e, sections, kept = html.escape, _sections(results), {}
     figures = {name: _shared(fig.to_plotly_json(), kept) for name, _, fig, _ in sections if fig is not None}
     parts = [f"<h1>{e(results.title)}</h1><p class=lead>The study's figures to point at, choose from and zoom into (drag a frame; double-click to come back). Dice is volumetric, in percent, on the test set.</p>",
-             "<div class=note><h2>What to know first</h2><ul>" + "".join(f"<li>{e(_placeless(n))}</li>" for n in cautions(results)) + "</ul></div><noscript><p>The plots need JavaScript; report.html shows them without.</p></noscript>"]
+             "<div class=note><h2>What to know first</h2><ul>" + "".join(f"<li>{e(placeless(n))}</li>" for n in cautions(results)) + "</ul></div><noscript><p>The plots need JavaScript; report.html shows them without.</p></noscript>"]
     parts += [f"<h2>{e(title)}</h2><figure><div class=plot><div id={name} style='height:{fig.layout.height}px'></div></div><figcaption>{e(says)}</figcaption></figure>" for name, title, fig, says in sections if fig is not None]
     if missing := [title for _, title, fig, _ in sections if fig is None]: parts.append(f"<p><small>Left out, as their tables are empty: {e('; '.join(missing))}</small></p>")
     parts.append(f"<p><small>uad_study {e(__version__)}, study {e(results.study)}. Research use only: not a medical device.</small></p>")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SECTIONS', 'FIGURES', 'PROVENANCE', 'INTRODUCED', 'MASK_COLOR', 'LESION_COLOR', 'page_of', 'drawn_figures',
-           'save_figure', 'placeless', 'provenance_of', 'table_provenance', 'table_trainings', 'report_page',
-           'write_report', 'outlined', 'write_quality']
+           'save_figure', 'provenance_of', 'table_provenance', 'table_trainings', 'report_page', 'write_report',
+           'outlined', 'write_quality']
 
 # %% ../nbs/46_report.ipynb #d84996ba
 import base64, inspect, io, json, re
@@ -13,10 +13,11 @@ import numpy as np, pandas as pd
 from html import escape
 from pathlib import Path
 from . import __version__
-from .core import UadError, atomic_dir, atomic_file, file_sha256, read_json, write_json
+from .core import UadError, atomic_dir, atomic_file, file_sha256, placeless, read_json, write_json
 from .cohort import Cohort
 from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
+from .interactive import write_interactive
 from .results import JUDGEMENT, NAMES, Results, TABLE_COLUMNS, judgement
 from .runs import RESULT, slug
 from .tables import (Table, cautions, html, latex, no_number, number, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations, table_sizes,
@@ -101,14 +102,6 @@ def _figure(png: bytes, caption: str) -> str:
 # %% ../nbs/46_report.ipynb #7d37ddd8
 PROVENANCE = "uad-provenance/1"
 
-def placeless(value):
-    "A JSON-like value without the folders of absolute paths, and of paths that lead further up than the results."
-    if isinstance(value, dict): return {k: placeless(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [placeless(v) for v in value]
-    if not isinstance(value, str): return value
-    if re.match(r"(/|~/|[A-Za-z]:[\\/])", value) and ": " not in value: return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return re.sub(r"(?:\.\./){2,}(?:[^\s/:,;]+/)*|(?<![\w.:/<>])~?/(?:[^\s/:,;]+/)+", "", value)
-
 def provenance_of(results: Results) -> dict:
     "What `provenance.json` holds, without its format: the volumes, and every run once, the preparation first."
     prepared = []
@@ -171,7 +164,7 @@ def _where_from(results: Results, provenance: dict) -> str:
     out = [f"<p>{escape('; '.join(filter(None, said)))}.</p>", html(table_provenance(provenance))]
     out += [f"<details><summary>{escape(r['label'])}: settings, results, versions</summary><pre>{escape(json.dumps(r, indent=1))}</pre></details>" for r in provenance["runs"]]
     out.append(f"<details><summary>The volumes: preparation and hashes</summary><pre>{escape(json.dumps(provenance['volumes'], indent=1))}</pre></details>")
-    return "".join(out) + (f"<p class=below>Beside this page: table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
+    return "".join(out) + (f"<p class=below>Beside this page: interactive.html (hover names the patient), table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
                            f"tables/*.tex, figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict) -> str:
@@ -181,12 +174,12 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
     sections["Where this comes from"] = _where_from(results, provenance)
     contents = "<nav aria-label=Contents><ol><li><a href='#first'>What to know first</a></li>" + "".join(f"<li><a href='#{slug(h)}'>{escape(h)}</a></li>" for h in sections) + "</ol></nav>"
     first = "<div class=note id=first><h2>What to know first</h2><ul>" + "".join(f"<li>{escape(placeless(n))}</li>" for n in cautions(results)) + "</ul></div>"
-    lead = "<p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs.</p>"
+    lead = "<p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs. <a href=interactive.html>The same to click and hover</a>.</p>"
     return page_of(results.title, f"<h1>{escape(results.title)}</h1>" + lead + contents + first + "".join(f"<h2 id='{slug(h)}'>{escape(h)}</h2>{part}" for h, part in sections.items()), "uad-report/1", "contents")
 
 # %% ../nbs/46_report.ipynb #7dee2fc9
 def write_report(results: Results, out_dir):
-    """Write to `out_dir`: report.html (needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex and figures/*.png and *.pdf.
+    """Write to `out_dir`: report.html and interactive.html (each needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex and figures/*.png and *.pdf.
 
     Each file, and each of the two folders, is there whole or not at all; the folders hold nothing else afterwards."""
     out_dir = Path(out_dir)

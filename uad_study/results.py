@@ -197,7 +197,7 @@ def _belong_together(evaluations: dict, variants: set):
         if e.get("version") != STAGES["evaluate"]: raise UadError(f"{d}: was judged by version {e.get('version', '3 or older')} of the evaluation, this is {STAGES['evaluate']}: run the study again (trainings and restorations are kept)")
         place = (q.get("label"), q["contrast"], q["fold"])
         if place in seen and (other := evaluations[seen[place]])["key"] != e["key"]:
-            said = difference(other["parameters"], q) or cohort_difference(other["results"]["cohort"], e["results"]["cohort"]) or "another training"
+            said = difference(*({k: v for k, v in p.items() if k not in ("cohort_dir", "train_dir")} for p in (other["parameters"], q))) or cohort_difference(other["results"]["cohort"], e["results"]["cohort"]) or "another training"
             raise UadError(f"{d}: does not belong with {seen[place]}: both are {q.get('label')} on {q['contrast']}, fold {q['fold']}, but {said}: report one of them, or give it another label")
         seen[place] = d
         if q.get("label") in variants: continue

@@ -486,7 +486,7 @@ def read_progress(out, run: Run) -> dict:
 # %% ../nbs/41_runs.ipynb #a1863739
 def publish(out, report: Run):
     "Copy what a finished report run wrote to `out`, each file whole or not at all, and make it the newest report there."
-    folder, out, names, folders = Path(out)/report.folder, Path(out), ("table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "report.html"), ("figures", "tables")
+    folder, out, names, folders = Path(out)/report.folder, Path(out), ("table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "interactive.html", "report.html"), ("figures", "tables")
     if missing := [n for n in (*names, *folders) if not (folder/n).exists()]: raise UadError(f"{folder/missing[0]}: is missing: delete the folder {folder.name} and run again")
     for n in folders:
         with atomic_dir(out/n) as tmp: shutil.copytree(folder/n, tmp, dirs_exist_ok=True)
