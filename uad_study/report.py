@@ -195,6 +195,7 @@ def write_report(results: Results, out_dir):
     with atomic_file(out_dir/"cases.parquet") as tmp: results.cases.to_parquet(tmp, index=False)
     write_json(out_dir/"provenance.json", provenance, PROVENANCE)
     write_json(out_dir/"judgement.json", placeless(judgement(results)), JUDGEMENT)
+    write_interactive(results, out_dir/"interactive.html")
     with atomic_file(out_dir/"report.html") as tmp: tmp.write_text(page)
 
 # %% ../nbs/46_report.ipynb #28c3add9
