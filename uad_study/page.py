@@ -6,7 +6,7 @@
 __all__ = ['level_edges', 'to_levels', 'pack_levels', 'pack_case', 'choose_cases', 'write_page']
 
 # %% ../nbs/52_page.ipynb #f67f51cb
-import base64, gzip, html, json
+import base64, gzip, html, json, re
 import numpy as np
 from . import __version__
 from .core import UadError, atomic_file
@@ -31,7 +31,7 @@ def to_levels(scores, edges) -> np.ndarray:
     return np.searchsorted(edges, scores).astype(np.uint8)
 
 # %% ../nbs/52_page.ipynb #59683c9b
-_OWN = ((0, 0, -1), (0, -1, 0), (-1, 0, 0), (0, -1, -1))
+_OWN = ((0, 0, -1), (0, -1, 0), (-1, 0, 0), (0, -1, -1), (-1, 0, -1), (-1, -1, 0), (-1, -1, -1))
 _LAST = ((0, 0, 0), (0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0))
 
 def _neighbours(levels, inside, steps):
@@ -41,12 +41,12 @@ def _neighbours(levels, inside, steps):
 
 def pack_levels(stack, inside) -> tuple[np.ndarray, list[list[int]]]:
     "What prediction leaves of maps (n, H, W, D) uint8 that are 0 outside `inside` (M voxels): (n, M) uint8, and the weights of each map in 256ths."
-    left, weights, last = [], [], None
-    for q in stack:
-        near = np.stack(_neighbours(q, inside, _OWN) + ([] if last is None else _neighbours(last, inside, _LAST)), 1)
+    left, weights = [], []
+    for i, q in enumerate(stack):
+        near = np.stack(_neighbours(q, inside, _OWN) + [n for m in stack[max(0, i - 2):i] for n in _neighbours(m, inside, _LAST)], 1)
         w = np.rint(256 * np.linalg.lstsq(near.astype(float), q[inside].astype(float), rcond=None)[0]).astype(np.int32)
         left.append((q[inside] - ((near @ w + 128) >> 8)).astype(np.uint8))
-        weights.append(w.tolist()); last = q
+        weights.append(w.tolist())
     return np.stack(left), weights
 
 # %% ../nbs/52_page.ipynb #6e646d9a
@@ -129,28 +129,31 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--soft:#b4bac4;--faint:#98a0ac;--line:#363b44;--page:#14161a;--card:#1d2026;--fill:#272b33;--accent:#62aef0;--on:#0d1116;--warn:#e0a040;--warnpage:#2a2418;--in:#62aef0;--out:#5d6470}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:1560px;margin:0 auto;padding:1.3rem clamp(.7rem,2vw,2rem) 2rem;font-variant-numeric:tabular-nums}
-h1{font-size:1.5rem;line-height:1.2;margin:0 0 .2rem}p{margin:.25rem 0;max-width:110ch}.lead{color:var(--soft)}small,.small{font-size:.82rem;color:var(--faint)}
-.note{border-left:4px solid var(--warn);background:var(--warnpage);padding:.4rem .9rem;margin:.7rem 0;font-size:.88rem}
+h1{font-size:1.5rem;line-height:1.2;margin:0 0 .2rem}p{margin:.25rem 0;max-width:120ch}.lead{color:var(--soft)}small,.small{font-size:.82rem;color:var(--faint)}
+.note{border-left:4px solid var(--warn);background:var(--warnpage);padding:.4rem .9rem;margin:.7rem 0;font-size:.88rem}.note p{max-width:none}
 button{font:inherit;color:var(--ink);background:var(--fill);border:1px solid var(--line);cursor:pointer;padding:.28rem .7rem;min-height:2.1rem}
 button:hover:not(:disabled){border-color:var(--accent)}button:disabled{color:var(--faint);cursor:default;opacity:.55}:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.tabs{display:flex;gap:.5rem;overflow-x:auto;margin:.9rem 0 .8rem;padding:3px}.tabs button{border-radius:.5rem;text-align:left;line-height:1.25;padding:.4rem .8rem;white-space:nowrap;flex:none}
+.tabs{display:flex;flex-wrap:wrap;gap:.5rem;margin:.9rem 0 .8rem}.tabs button{border-radius:.5rem;text-align:left;line-height:1.25;padding:.4rem .8rem;white-space:nowrap;flex:none}
 .tabs b{display:block;font-weight:600}.tabs span{font-size:.8rem;color:var(--faint)}.tabs button[aria-pressed=true]{border-color:var(--accent);box-shadow:inset 0 0 0 1px var(--accent)}
 .panels{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.7rem}figure{margin:0;min-width:0}figure h2{font-size:.92rem;font-weight:600;margin:0 0 .25rem}
 .view{position:relative;background:#000;aspect-ratio:1;border-radius:.4rem;overflow:hidden;touch-action:pan-y}.view canvas{width:100%;height:100%;display:block;cursor:crosshair}
 .view i{position:absolute;font:600 .78rem system-ui;color:#c9ced6;text-shadow:0 0 3px #000;pointer-events:none}.view i:first-of-type{left:.5rem;top:46%}.view i:last-of-type{right:.5rem;top:46%}
 .under{min-height:2.4rem;padding-top:.3rem;font-size:.82rem;color:var(--soft);line-height:1.3}.bar{position:relative;height:.6rem;border-radius:2px}.bar u{position:absolute;top:-3px;bottom:-3px;width:3px;margin-left:-1px;background:var(--ink);outline:1px solid var(--page)}
 .ends{display:flex;justify-content:space-between}.key{display:flex;flex-wrap:wrap;gap:.1rem .9rem}.key s{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem;vertical-align:-1px;text-decoration:none}
-#hover{min-height:1.6rem;margin:.1rem 0 .5rem;font-size:.86rem;color:var(--soft);max-width:none}
-.deck{display:grid;grid-template-columns:minmax(0,1.25fr) minmax(0,.75fr) minmax(0,1fr) minmax(0,1fr);gap:.7rem}.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem .9rem;min-width:0}
-.card h2{font-size:.92rem;font-weight:600;margin:0 0 .3rem}.row{display:grid;grid-template-columns:5.2rem minmax(0,1fr) 5.4rem;align-items:center;gap:.2rem .6rem;min-height:2.3rem}.row>output{text-align:right;white-space:nowrap}
-.row>label{color:var(--soft)}input[type=range]{width:100%;accent-color:var(--accent);margin:0;height:1.8rem}input:disabled{opacity:.4}.wide{grid-column:2/4}.seg{display:flex}.seg button{flex:1 1 auto;margin-left:-1px;padding:.25rem .4rem}
+.controls{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.1rem 1.8rem;margin-bottom:.8rem;padding:.45rem .9rem}
+.deck{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.7rem;margin-top:.5rem}.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;min-width:0}.deck .card{padding:.75rem .9rem}
+.card h2{font-size:.92rem;font-weight:600;margin:0 0 .3rem}.row{display:grid;grid-template-columns:4.6rem minmax(0,1fr) 4.4rem;align-items:center;gap:.6rem;min-height:2.4rem}.row>output{text-align:right;white-space:nowrap}
+.row>label{color:var(--soft)}input[type=range]{width:100%;accent-color:var(--accent);margin:0;height:1.8rem}input:disabled{opacity:.4}.seg{display:flex;grid-column:2/4}.seg button{flex:1 1 auto;margin-left:-1px;padding:.25rem .4rem;white-space:nowrap}
 .seg button:first-child{border-radius:.4rem 0 0 .4rem;margin:0}.seg button:last-child{border-radius:0 .4rem .4rem 0}.seg button[aria-pressed=true]{background:var(--accent);border-color:var(--accent);color:var(--on)}
-.checks{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;padding-top:.35rem}.checks label{display:flex;gap:.4rem;align-items:center;min-height:1.9rem}.checks input{accent-color:var(--accent);width:1.05rem;height:1.05rem;margin:0}
+.checks{display:flex;flex-wrap:wrap;gap:0 1.4rem;grid-column:1/-1}.checks label{display:flex;gap:.4rem;align-items:center;min-height:1.9rem}.checks input{accent-color:var(--accent);width:1.05rem;height:1.05rem;margin:0}
 #dice{font-size:2.3rem;line-height:1.1;font-weight:650;letter-spacing:-.02em}dl{display:grid;grid-template-columns:1fr auto;gap:.15rem .6rem;margin:.5rem 0}dt{color:var(--soft)}dd{margin:0;text-align:right}
 svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}.axis{stroke:var(--line)}footer{margin-top:1.4rem;border-top:1px solid var(--line);padding-top:.7rem}
 .old{display:none}[hidden]{display:none!important}
-@media(max-width:1180px){.deck{grid-template-columns:minmax(0,1.5fr) minmax(0,1fr)}}
-@media(max-width:820px){.panels{grid-template-columns:repeat(2,minmax(0,1fr));gap:.5rem}.deck{grid-template-columns:minmax(0,1fr)}h1{font-size:1.25rem}.row{grid-template-columns:4.6rem minmax(0,1fr) 4.6rem}.seg button{min-height:2.5rem}input[type=range]{height:2.3rem}.key{gap:.1rem .6rem}}
+#curve svg{cursor:pointer}details summary{cursor:pointer}
+@media(max-width:1080px){.deck{grid-template-columns:repeat(2,minmax(0,1fr))}.controls{grid-template-columns:repeat(2,minmax(0,1fr))}.row:nth-child(4){order:1}.row:nth-child(2){order:2}.row:nth-child(5){order:3}.row:nth-child(3){order:4}.row:nth-child(6){order:5}.checks{order:6}}
+@media(max-width:700px){main{display:flex;flex-direction:column}.tabs{order:-2;flex-wrap:nowrap;overflow-x:auto;margin:.6rem -.7rem;padding:3px .7rem}.panels{order:-1;grid-template-columns:repeat(2,minmax(0,1fr));gap:.5rem}.controls{grid-template-columns:minmax(0,1fr);margin:.5rem 0 0}
+h1{font-size:1.25rem}.row{grid-template-columns:4.8rem minmax(0,1fr) 3.6rem}.seg button{min-height:2.5rem}input[type=range]{height:2.3rem}.under{min-height:2.2rem}}
+@media(max-width:520px){.deck{grid-template-columns:minmax(0,1fr)}#whole{order:-1}.key{gap:.1rem .5rem}}
 """
 
 # %% ../nbs/52_page.ipynb #81644f1a
@@ -161,26 +164,27 @@ _BODY = """
 <p class=note id=old hidden>This browser cannot unpack the volumes: open the page in a current Firefox, Chrome, Edge or Safari.</p>
 <main id=main hidden>
 <nav class=tabs id=tabs aria-label="cases"></nav>
+<section class="card controls" aria-label="controls">
+<div class=row><label>plane</label><div class=seg id=plane><button data-v=axial>axial</button><button data-v=coronal>coronal</button><button data-v=sagittal>sagittal</button></div></div>
+<div class=row><label>score</label><div class=seg id=score></div></div>
+<div class=row><label>threshold</label><div class=seg id=rule><button data-v=val title="the highest Dice on validation scans with lesions">validation</button><button data-v=healthy title="HEALTHYLONG">HEALTHY</button><button data-v=free>free</button></div></div>
+<div class=row><label for=slice>slice</label><input type=range id=slice><output id=o-slice></output></div>
+<div class=row><label for=sigma>sigma</label><input type=range id=sigma min=0><output id=o-sigma></output></div>
+<div class=row><label for=threshold></label><input type=range id=threshold min=0 aria-label="threshold"><output id=o-threshold></output></div>
+<div class=checks><label><input type=checkbox id=post checked>post-processing</label><label><input type=checkbox id=smooth>smooth pixels</label></div>
+</section>
 <section class=panels aria-label="pictures">
 <figure><h2>Input</h2><div class=view><canvas id=p0 role=img aria-label="input"></canvas><i></i><i></i></div><div class=under id=u0></div></figure>
-<figure><h2>Restoration</h2><div class=view><canvas id=p1 role=img aria-label="restoration"></canvas><i></i><i></i></div><div class=under>what MODEL makes of it, inside the brain</div></figure>
+<figure><h2>Restoration</h2><div class=view><canvas id=p1 role=img aria-label="restoration"></canvas><i></i><i></i></div><div class=under>by MODEL, shown inside the brain</div></figure>
 <figure><h2>Anomaly map</h2><div class=view><canvas id=p2 role=img aria-label="anomaly map"></canvas><i></i><i></i></div><div class=under><div class=bar id=bar><u id=tick></u></div><div class=ends><span>0</span><span id=top></span></div></div></figure>
 <figure><h2>Result over truth</h2><div class=view><canvas id=p3 role=img aria-label="result over truth"></canvas><i></i><i></i></div><div class="under key"><span><s style="background:FOUND"></s>found</span><span><s style="background:FALSE"></s>false</span><span><s style="background:MISSED"></s>missed</span></div></figure>
 </section>
-<p id=hover></p>
-<section class=deck aria-label="controls and numbers">
-<div class=card>
-<div class=row><label>plane</label><div class="seg wide" id=plane><button data-v=axial>axial</button><button data-v=coronal>coronal</button><button data-v=sagittal>sagittal</button></div></div>
-<div class=row><label for=slice>slice</label><input type=range id=slice><output id=o-slice></output></div>
-<div class=row><label>score</label><div class="seg wide" id=score></div></div>
-<div class=row><label for=sigma>sigma</label><input type=range id=sigma min=0><output id=o-sigma></output></div>
-<div class=row><label>threshold</label><div class="seg wide" id=rule><button data-v=val title="the highest Dice on validation scans with lesions">validation</button><button data-v=healthy title="HEALTHYLONG">HEALTHY</button><button data-v=free>free</button></div></div>
-<div class=row><label for=threshold></label><input type=range id=threshold min=0 aria-label="threshold"><output id=o-threshold></output></div>
-<div class=checks><label><input type=checkbox id=post checked>post-processing</label><label><input type=checkbox id=smooth>smooth pixels</label></div>
-</div>
-<div class=card><h2>Whole volume</h2><output id=dice></output> <span class=small>Dice</span><dl><dt>lesion</dt><dd id=n-lesion></dd><dt>marked</dt><dd id=n-marked></dd><dt>of it false</dt><dd id=n-false></dd><dt>lesion found</dt><dd id=n-found></dd></dl><p class=small id=says></p></div>
+<section class=deck aria-label="numbers">
+<div class=card id=pointed><h2>Under the pointer</h2><dl><dt>voxel</dt><dd id=h-voxel></dd><dt>input</dt><dd id=h-input></dd><dt>restoration</dt><dd id=h-restoration></dd><dt>score</dt><dd id=h-score></dd><dt>it is</dt><dd id=h-what></dd></dl>
+<p class=small>Arrow keys step slices. L, R: the subject’s left and right; A, P: front and back.</p></div>
 <div class=card><h2>Dice against sigma</h2><div id=curve></div></div>
-<div class=card><h2>Scores inside and outside the lesion</h2><div id=hist></div></div>
+<div class=card><h2>Scores by voxel</h2><div id=hist></div></div>
+<div class=card id=whole><h2>Whole volume</h2><output id=dice></output> <span class=small>Dice</span><dl><dt>lesion</dt><dd id=n-lesion></dd><dt>marked</dt><dd id=n-marked></dd><dt>of it false</dt><dd id=n-false></dd><dt>lesion found</dt><dd id=n-found></dd></dl><p class=small id=says></p></div>
 </section>
 </main>
 <footer class=small>FOOT</footer>
@@ -205,16 +209,17 @@ async function unpack(i) {
   }
   c.judged = place.filter(p => c.counted[p]);
   const inside = place.filter(p => c.packed[p]), offsets = steps => steps.map(([i, j, k]) => i * sx + j * sy + k), own = offsets(D.own), before = offsets(D.last);
-  let last = null;
+  const maps = [];
   m.stored.forEach((name, s) => {
-    const q = new Uint8Array(size), w = m.weights[s], o = own.length;
+    const q = new Uint8Array(size), w = Int32Array.from(m.weights[s]), o = own.length, b = before.length, [one, two] = maps.slice(-2);
     for (let k = 0; k < inside.length; k++) {
       const p = inside[k]; let sum = 128;
       for (let j = 0; j < o; j++) sum += w[j] * q[p + own[j]];
-      if (last) for (let j = 0; j < before.length; j++) sum += w[o + j] * last[p + before[j]];
+      if (one) for (let j = 0; j < b; j++) sum += w[o + j] * one[p + before[j]];
+      if (two) for (let j = 0; j < b; j++) sum += w[o + b + j] * two[p + before[j]];
       q[p] = raw[at + k] + (sum >> 8);
     }
-    at += inside.length; c.levels[name] = last = q;
+    at += inside.length; maps.push(c.levels[name] = q);
   });
   for (const s of m.scores) s.zero = s.edges.filter(e => e < 0).length;
   return c;
@@ -353,34 +358,37 @@ function words() {
   document.querySelectorAll('.view').forEach(e => e.querySelectorAll('i').forEach((o, k) => o.textContent = sides[axes[S.plane][0] === 1 ? 2 : 0][k]));
 }
 function hover() {
-  if (!pointer) { $('hover').textContent = 'Point at a picture for its values. Arrow keys step slices. L, R: the subject\u2019s left and right; A, P: front and back.'; return; }
+  const set = (...t) => ['voxel', 'input', 'restoration', 'score', 'what'].forEach((n, k) => $('h-' + n).textContent = t[k] ?? '\u2013');
+  if (!pointer) return set();
   const {c, m, s, q, volume} = R, i = voxel(...pointer), p = placeOf(c, i), l = c.lesion[p], f = volume.found[p];
-  $('hover').textContent = `voxel ${i.map((v, d) => v + m.low[d]).join(', ')}   input ${show(c.levels.input[p] / 255, 2)}   restoration ${show(c.levels.restoration[p] / 255, 2)}   score ${show(value(s, q[p]))}   ${!c.brain[p] ? 'outside the brain' : f ? l ? 'lesion, found' : 'false' : l ? 'lesion, missed' : 'brain'}`;
+  set(i.map((v, d) => v + m.low[d]).join(', '), show(c.levels.input[p] / 255, 2), c.packed[p] ? show(c.levels.restoration[p] / 255, 2) : '\u2013', show(value(s, q[p])), f ? l ? 'lesion, found' : 'false' : l ? 'lesion, missed' : c.brain[p] ? 'brain' : 'outside the brain');
 }
 """
 
 # %% ../nbs/52_page.ipynb #582325fd
 _CHARTS = r"""
-const W = 320, H = 200, box = {l: 38, r: 10, t: 10, b: 36}, svg = s => `<svg viewBox="0 0 ${W} ${H}" role=img>${s}</svg>`, px = f => box.l + f * (W - box.l - box.r), py = f => H - box.b - f * (H - box.t - box.b);
+let W = 300; const H = 190, box = {l: 38, r: 8, t: 12, b: 38}, svg = s => `<svg viewBox="0 0 ${W} ${H}" role=img>${s}</svg>`, px = f => box.l + f * (W - box.l - box.r), py = f => H - box.b - f * (H - box.t - box.b);
 const text = (x, y, t, more = 'text-anchor=middle') => `<text x=${show(x, 1)} y=${show(y, 1)} ${more}>${t}</text>`, line = (x, y, u, v, more = 'class=axis') => `<line x1=${show(x, 1)} y1=${show(y, 1)} x2=${show(u, 1)} y2=${show(v, 1)} ${more} />`;
 function drawCurve() {
   const {m, s, rule, volume} = R, known = m.curve[`${rule === 'free' ? 'val' : rule} ${S.post ? 'post' : 'raw'}`] || {}, list = singles(m).filter(o => known[o.name] != null);
   const flat = ['l1', 'ssim_ens'].filter(n => known[n] != null);
   if (!list.length && !flat.length) { $('curve').innerHTML = '<p class=small>No lesion to compare with here, or no threshold.</p>'; return; }
+  W = $('curve').clientWidth || W; box.r = 68;
   const now = isNaN(volume.dice) ? 0 : volume.dice, most = Math.max(.02, now, ...list.concat(flat).map(o => known[o.name || o])), step = [.01, .02, .05, .1, .2, .25].find(v => most / v <= 4.2) || .25, top = Math.ceil(most / step - 1e-9) * step, Y = v => py(v / top);
   const all = singles(m).map(o => o.sigma), lo = Math.min(...all, 1), hi = Math.max(...all, lo + .1), X = v => px(.04 + .92 * (v - lo) / (hi - lo));
   let o = '';
-  for (let v = 0; v <= top + 1e-9; v += step) o += line(px(0), Y(v), px(1), Y(v)) + text(box.l - 6, Y(v) + 4, show(100 * v, 0), 'text-anchor=end');
+  for (let v = 0; v <= top + 1e-9; v += step) o += line(px(0), Y(v), px(1), Y(v)) + text(box.l - 6, Y(v) + 4, show(100 * v, 0) + (v + step > top + 1e-9 ? ' %' : ''), 'text-anchor=end');
   for (const v of all) o += text(X(v), H - 20, v);
-  o += text(px(.5), H - 4, 'sigma, voxels') + text(2, 9, '%', '');
-  const ys = flat.map(n => Y(known[n])), label = ys.map(y => y - 4); if (ys.length > 1 && Math.abs(label[0] - label[1]) < 13) label[known.l1 > known.ssim_ens ? 1 : 0] += 17;
-  flat.forEach((n, i) => { o += line(px(0), ys[i], px(1), ys[i], n === 'l1' ? 'stroke="var(--faint)" stroke-dasharray="4 3"' : 'stroke="var(--warn)" stroke-width=1.5') + text(px(1) - 2, label[i], n === 'l1' ? 'l1' : 'SSIM-ens', 'text-anchor=end style="paint-order:stroke;stroke:var(--card);stroke-width:3px"'); });
+  o += text(px(.5), H - 4, 'sigma, voxels');
   o += `<polyline fill=none stroke="var(--accent)" stroke-width=2 points="${list.map(d => show(X(d.sigma), 1) + ',' + show(Y(known[d.name]), 1)).join(' ')}" />` + list.map(d => `<circle cx=${show(X(d.sigma), 1)} cy=${show(Y(known[d.name]), 1)} r=3 fill="var(--accent)" />`).join('');
-  if (!isNaN(volume.dice)) o += `<circle id=now cx=${show(s.sigma ? X(s.sigma) : px(.02), 1)} cy=${show(Y(now), 1)} r=6 fill=none stroke="var(--ink)" stroke-width=2.5 />`;
+  const ys = flat.map(n => Y(known[n])), label = [...ys]; if (ys.length > 1 && Math.abs(ys[0] - ys[1]) < 13) { const upper = ys[0] <= ys[1] ? 0 : 1, mid = (ys[0] + ys[1]) / 2; label[upper] = mid - 7; label[1 - upper] = mid + 7; }
+  flat.forEach((n, i) => { o += line(px(0), ys[i], px(1), ys[i], n === 'l1' ? 'stroke="var(--faint)" stroke-width=1.5 stroke-dasharray="5 4"' : 'stroke="var(--warn)" stroke-width=1.5') + text(px(1) + 10, label[i] + 4, n === 'l1' ? 'l1' : 'SSIM-ens', 'text-anchor=start'); });
+  if (!isNaN(volume.dice)) o += `<circle id=now cx=${show(s.sigma ? X(s.sigma) : px(1), 1)} cy=${show(Y(now), 1)} r=6 fill=none stroke="var(--ink)" stroke-width=2.5 />`;
   $('curve').innerHTML = svg(o) + `<p class=small>Circle: now. Lines: at ${rule === 'healthy' ? 'the healthy' : 'validation'} thresholds${list.length ? '; click to take a sigma' : ''}.</p>`;
   R.sigmaAt = f => all.reduce((b, v) => Math.abs(X(v) - f * W) < Math.abs(X(b) - f * W) ? v : b, all[0]);
 }
 function drawHist() {
+  W = $('hist').clientWidth || W; box.r = 8;
   const {s, h, j} = R, width = 4, bins = a => Array.from({length: 64}, (_, i) => a.slice(i * width, i * width + width).reduce((x, y) => x + y, 0)), groups = [['outside', bins(h.outside)], ['inside', bins(h.inside)]];
   const end = Math.min(64, Math.max(12, Math.ceil((j + 6) / width), ...groups.map(g => 2 + g[1].findLastIndex(v => v > 0)))), X = q => px(Math.min(1, q / (end * width)));
   let o = line(px(0), py(0), px(1), py(0));
@@ -422,7 +430,7 @@ document.querySelectorAll('.view canvas').forEach(canvas => {
   const point = e => { if (!R) return; const b = canvas.getBoundingClientRect(), r = frame(canvas), f = canvas.width / b.width, u = Math.floor(((e.clientX - b.left) * f - r.left) / r.f), v = Math.floor(((e.clientY - b.top) * f - r.top) / r.f); pointer = u >= 0 && v >= 0 && u < small[0].width && v < small[0].height ? [u, v] : null; screen(); hover(); };
   canvas.addEventListener('pointermove', point); canvas.addEventListener('pointerdown', point); canvas.addEventListener('pointerleave', () => { if (R) { pointer = null; screen(); hover(); } });
 });
-addEventListener('resize', () => { if (R) screen(); });
+addEventListener('resize', () => { if (R) { screen(); drawCurve(); drawHist(); } });
 const stops = Array.from({length: 17}, (_, i) => { const o = shade(i / 16); return `rgb(${inferno[o]},${inferno[o + 1]},${inferno[o + 2]})`; }); $('bar').style.background = `linear-gradient(90deg,${stops})`;
 if (typeof DecompressionStream === 'undefined') $('old').hidden = false; else { $('main').hidden = false; go(0); }
 """
@@ -466,9 +474,10 @@ def _fill(results, model, config, data, healthy, blobs) -> str:
             "at each, the page marks the voxels that the unrounded map would, so Dice at the study's thresholds is the study's. Scores under the pointer are rounded to a level.",
             f"Post-processing: brain mask eroded {config.erode} times in each axial slice, median of {config.median}×{config.median}×{config.median} voxels, components of fewer than {config.min_voxels} voxels (26 neighbours) removed. Without it: threshold alone.",
             f"uad_study {__version__}, study {results.study}. This file asks no other computer for anything. Research use only: not a medical device."]
-    words = dict(TITLE=e(results.title), LEAD=e(lead), NOTES="".join(f"<p>{e(n)}</p>" for n in cautions(results)[:2]), MODEL=e(model), HEALTHYLONG=e(healthy, quote=True), HEALTHY=f"healthy, {config.healthy_ml:g} mL",
+    first, *more = cautions(results) or ["Research use only: not a medical device."]
+    notes = f"<p>{e(first)}</p>" + (f"<details><summary>{len(more)} more caution{'s' * (len(more) > 1)}</summary>{''.join(f'<p>{e(n)}</p>' for n in more)}</details>" if more else "")
+    words = dict(TITLE=e(results.title), LEAD=e(lead), NOTES=notes, MODEL=e(model), HEALTHYLONG=e(healthy, quote=True), HEALTHY=f"healthy, {config.healthy_ml:g} mL",
                  FOUND=f"rgb{FOUND}", FALSE=f"rgb{FALSE}", MISSED=f"rgb{MISSED}", FOOT="".join(f"<p>{e(f)}</p>" for f in foot if f))
-    import re
     body = re.sub(r"\b(" + "|".join(sorted(words, key=len, reverse=True)) + r")\b", lambda m: words[m[0]], _BODY)
     payload = "".join(f"<script type='text/plain' id=case{i}>{b}</script>\n" for i, b in enumerate(blobs))
     said = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
