@@ -44,7 +44,8 @@ def pack_levels(stack, inside) -> tuple[np.ndarray, list[list[int]]]:
     left, weights = [], []
     for i, q in enumerate(stack):
         near = np.stack(_neighbours(q, inside, _OWN) + [n for m in stack[max(0, i - 2):i] for n in _neighbours(m, inside, _LAST)], 1)
-        w = np.rint(256 * np.linalg.lstsq(near.astype(float), q[inside].astype(float), rcond=None)[0]).astype(np.int32)
+        f = near.astype(float)
+        w = np.rint(256 * np.linalg.lstsq(f.T @ f, f.T @ q[inside], rcond=None)[0]).astype(np.int32)              # sums of whole numbers: exact
         left.append((q[inside] - ((near @ w + 128) >> 8)).astype(np.uint8))
         weights.append(w.tolist())
     return np.stack(left), weights
@@ -137,7 +138,7 @@ button:hover:not(:disabled){border-color:var(--accent)}button:disabled{color:var
 .tabs b{display:block;font-weight:600}.tabs span{font-size:.8rem;color:var(--faint)}.tabs button[aria-pressed=true]{border-color:var(--accent);box-shadow:inset 0 0 0 1px var(--accent)}
 .panels{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.7rem}figure{margin:0;min-width:0}figure h2{font-size:.92rem;font-weight:600;margin:0 0 .25rem}
 .view{position:relative;background:#000;aspect-ratio:1;border-radius:.4rem;overflow:hidden;touch-action:pan-y}.view canvas{width:100%;height:100%;display:block;cursor:crosshair}
-.view i{position:absolute;font:600 .78rem system-ui;color:#c9ced6;text-shadow:0 0 3px #000;pointer-events:none}.view i:first-of-type{left:.5rem;top:46%}.view i:last-of-type{right:.5rem;top:46%}
+.view i{position:absolute;font:600 .78rem system-ui;color:#c9ced6;text-shadow:0 0 3px #000;pointer-events:none}.view i:first-of-type{left:.55rem;top:.35rem}.view i:last-of-type{right:.55rem;top:.35rem}
 .under{min-height:2.4rem;padding-top:.3rem;font-size:.82rem;color:var(--soft);line-height:1.3}.bar{position:relative;height:.6rem;border-radius:2px}.bar u{position:absolute;top:-3px;bottom:-3px;width:3px;margin-left:-1px;background:var(--ink);outline:1px solid var(--page)}
 .ends{display:flex;justify-content:space-between}.key{display:flex;flex-wrap:wrap;gap:.1rem .9rem}.key s{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem;vertical-align:-1px;text-decoration:none}
 .controls{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.1rem 1.8rem;margin-bottom:.8rem;padding:.45rem .9rem}
@@ -153,7 +154,7 @@ svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif
 @media(max-width:1080px){.deck{grid-template-columns:repeat(2,minmax(0,1fr))}.controls{grid-template-columns:repeat(2,minmax(0,1fr))}.row:nth-child(4){order:1}.row:nth-child(2){order:2}.row:nth-child(5){order:3}.row:nth-child(3){order:4}.row:nth-child(6){order:5}.checks{order:6}}
 @media(max-width:700px){main{display:flex;flex-direction:column}.tabs{order:-2;flex-wrap:nowrap;overflow-x:auto;margin:.6rem -.7rem;padding:3px .7rem}.panels{order:-1;grid-template-columns:repeat(2,minmax(0,1fr));gap:.5rem}.controls{grid-template-columns:minmax(0,1fr);margin:.5rem 0 0}
 h1{font-size:1.25rem}.row{grid-template-columns:4.8rem minmax(0,1fr) 3.6rem}.seg button{min-height:2.5rem}input[type=range]{height:2.3rem}.under{min-height:2.2rem}}
-@media(max-width:520px){.deck{grid-template-columns:minmax(0,1fr)}#whole{order:-1}.key{gap:.1rem .5rem}}
+@media(max-width:520px){.seg button{font-size:.86rem;padding:.25rem .3rem}.row{grid-template-columns:4.3rem minmax(0,1fr) 3.4rem;gap:.4rem}.deck{grid-template-columns:minmax(0,1fr)}#whole{order:-1}.key{gap:.1rem .5rem}}
 """
 
 # %% ../nbs/52_page.ipynb #81644f1a
@@ -335,9 +336,9 @@ function screen() {
     g.fillStyle = '#000'; g.fillRect(0, 0, canvas.width, canvas.height); g.imageSmoothingEnabled = S.smooth; g.imageSmoothingQuality = 'high'; g.drawImage(small[i], r.left, r.top, r.w, r.t);
     if (!pointer) continue;
     const [u, v] = pointer, x = r.left + (u + .5) * r.f, y = r.top + (v + .5) * r.f, gap = 1.6 * r.f, far = 7 * r.f;
-    g.strokeStyle = '#7fd4ff'; g.lineWidth = scale; g.beginPath();
+    g.beginPath();
     for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]]) { g.moveTo(x + gap * dx, y + gap * dy); g.lineTo(x + far * dx, y + far * dy); }
-    g.stroke();
+    for (const [colour, width] of [['#000', 3], ['#8fe0ff', 1.2]]) { g.strokeStyle = colour; g.lineWidth = width * scale; g.stroke(); }
   }
 }
 function words() {
@@ -378,7 +379,8 @@ function drawCurve() {
   const all = singles(m).map(o => o.sigma), lo = Math.min(...all, 1), hi = Math.max(...all, lo + .1), X = v => px(.04 + .92 * (v - lo) / (hi - lo));
   let o = '';
   for (let v = 0; v <= top + 1e-9; v += step) o += line(px(0), Y(v), px(1), Y(v)) + text(box.l - 6, Y(v) + 4, show(100 * v, 0) + (v + step > top + 1e-9 ? ' %' : ''), 'text-anchor=end');
-  for (const v of all) o += text(X(v), H - 20, v);
+  let free = -99;
+  for (const v of all) if (X(v) - free >= 26) { free = X(v); o += text(free, H - 20, v); }
   o += text(px(.5), H - 4, 'sigma, voxels');
   o += `<polyline fill=none stroke="var(--accent)" stroke-width=2 points="${list.map(d => show(X(d.sigma), 1) + ',' + show(Y(known[d.name]), 1)).join(' ')}" />` + list.map(d => `<circle cx=${show(X(d.sigma), 1)} cy=${show(Y(known[d.name]), 1)} r=3 fill="var(--accent)" />`).join('');
   const ys = flat.map(n => Y(known[n])), label = [...ys]; if (ys.length > 1 && Math.abs(ys[0] - ys[1]) < 13) { const upper = ys[0] <= ys[1] ? 0 : 1, mid = (ys[0] + ys[1]) / 2; label[upper] = mid - 7; label[1 - upper] = mid + 7; }
