@@ -71,7 +71,7 @@ def _names(judged, config) -> list[str]:
     "The scores that the page offers: l1, SSIM at each sigma of the ensemble or of the study, SSIM-ens; those the study has."
     have = set(judged.score)
     singles = {f"ssim_{s:g}" for s in config.sigmas} if any(map(sigma_of, have)) else set()
-    return [n for n in score_order(have | singles) if n in ("l1", "ssim_ens") or (sigma_of(n) and n != "ssim_val")]
+    return [n for n in score_order(have | singles) if n in ("l1", "ssim_ens") or sigma_of(n)]
 
 def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "") -> tuple[dict, bytes]:
     """A row of the cohort as the page reads it: what is said (JSON) and what is unpacked (gzip). Raises `UadError` where the row is no judged test volume or its restoration is not on the disk.
@@ -80,7 +80,7 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
     from scipy.ndimage import maximum_filter
     t, judged, config = results.cohort.table.iloc[row], _judged(results, model, fold, row), _config(results, model)
     if not len(judged): raise UadError(f"cases: row {row} ({t.subject_id}, {t.contrast}) is not among the test cases of {model}: give rows of the cohort that are")
-    names = _names(judged, config)
+    if not (names := _names(judged, config)): raise UadError(f"{results.evaluate_dirs[0]}: {model} was judged by none of l1, SSIM at a sigma and SSIM-ens: add one to scores.names and run the study again")
     x_hat, maps = results.restoration(model, row, fold), results.maps(model, row, names, fold)
     if x_hat is None or maps is None: raise UadError(f"{results.evaluate_dirs[results.index(model, row, fold) or 0]}: the restoration of {t.subject_id} by {model} is not on this disk: write the page where the study ran")
     x, brain, lesion = (np.asarray(a[row]) for a in (results.cohort.images, results.cohort.brain_masks, results.cohort.lesion_masks))
@@ -103,8 +103,9 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
     stored = sorted((n for n in names if sigma_of(n)), key=sigma_of, reverse=True) + [n for n in names if not sigma_of(n)]
     left, weights = pack_levels([((levels | gray)[n] * packed)[box] for n in (*stored, *gray)], packed[box])
     bits = [np.packbits(m[box]) for m in (packed, brain, erode_mask(brain, config.erode), lesion, counted)]
+    rule = headline_rule(judged.threshold_from)
     says = dict(row=int(row), subject=t.subject_id, patient=judged.patient_id.iloc[0], pathology=NAMES.get(t.pathology, t.pathology), contrast=t.contrast, kind=kind, low=low.tolist(), shape=(high - low + 1).tolist(),
-                voxels=int(packed.sum()), stored=[*stored, *gray], weights=weights, rule=headline_rule(judged.threshold_from), curve=curve,
+                voxels=int(packed.sum()), stored=[*stored, *gray], weights=weights, carried=NAMES.get(rule[4:], rule[4:]).lower() if rule.startswith("val:") else "", curve=curve,
                 scores=[dict(name=n, label=score_label(n), sigma=sigma_of(n), edges=edges[n].tolist(), **thresholds[n]) for n in names])
     return says, gzip.compress(b"".join([*(b.tobytes() for b in bits), left.tobytes()]), 9, mtime=0)
 
@@ -154,7 +155,7 @@ svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif
 @media(max-width:1080px){.deck{grid-template-columns:repeat(2,minmax(0,1fr))}.controls{grid-template-columns:repeat(2,minmax(0,1fr))}.row:nth-child(4){order:1}.row:nth-child(2){order:2}.row:nth-child(5){order:3}.row:nth-child(3){order:4}.row:nth-child(6){order:5}.checks{order:6}}
 @media(max-width:700px){main{display:flex;flex-direction:column}.tabs{order:-2;flex-wrap:nowrap;overflow-x:auto;margin:.6rem -.7rem;padding:3px .7rem}.panels{order:-1;grid-template-columns:repeat(2,minmax(0,1fr));gap:.5rem}.controls{grid-template-columns:minmax(0,1fr);margin:.5rem 0 0}
 h1{font-size:1.25rem}.row{grid-template-columns:4.8rem minmax(0,1fr) 3.6rem}.seg button{min-height:2.5rem}input[type=range]{height:2.3rem}.under{min-height:2.2rem}}
-@media(max-width:520px){.seg button{font-size:.86rem;padding:.25rem .3rem}.row{grid-template-columns:4.3rem minmax(0,1fr) 3.4rem;gap:.4rem}.deck{grid-template-columns:minmax(0,1fr)}#whole{order:-1}.key{gap:.1rem .5rem}}
+@media(max-width:520px){.seg button{font-size:.86rem;padding:.25rem .3rem}.row{grid-template-columns:4.4rem minmax(0,1fr) 3.4rem;gap:.4rem}.row>label{font-size:.88rem}.deck{grid-template-columns:minmax(0,1fr)}#whole{order:-1}.key{gap:.1rem .5rem}}
 """
 
 # %% ../nbs/52_page.ipynb #81644f1a
@@ -352,7 +353,7 @@ function words() {
   set('threshold', s.edges.length - 1, j, show(edge));
   $('dice').textContent = isNaN(volume.dice) ? '\u2013' : show(100 * volume.dice, 1) + ' %'; $('dice').dataset.value = volume.dice;
   $('n-lesion').textContent = ml(volume.lesion); $('n-marked').textContent = ml(volume.marked); $('n-false').textContent = ml(volume.marked - volume.both); $('n-found').textContent = volume.lesion ? show(100 * volume.both / volume.lesion, 0) + ' %' : '\u2013';
-  const carried = m.rule.startsWith('val:') ? 'that of ' + m.rule.slice(4) + ', carried over' : 'best on validation scans of this pathology', why = {val: carried, healthy: D.healthy, free: 'chosen freely'}[rule];
+  const carried = m.carried ? 'best on validation scans of another pathology, ' + m.carried : 'best on validation scans of this pathology', why = {val: carried, healthy: D.healthy, free: 'chosen freely'}[rule];
   $('says').textContent = `${s.label}, threshold ${show(edge)}: ${why}` + (rule !== 'free' && s.of !== s.name ? `, found for sigma ${s.of.slice(5)}` : '') + '.';
   $('u0').textContent = `${m.patient}, ${m.pathology.toLowerCase()}, ${m.contrast}, slice ${m.low[axis] + at}`;
   $('top').textContent = show(h.top, 2); $('tick').style.left = Math.min(100, 100 * edge / h.top) + '%';
@@ -403,7 +404,7 @@ function drawHist() {
   const most = s.edges[Math.min(s.edges.length - 1, end * width)], step = [.01, .02, .05, .1, .2, .5, 1].find(v => most / v <= 6) || 1;
   let free = -99;
   for (let v = 0; v <= most + 1e-9; v += step) { const x = X(s.edges.filter(e => e < v).length); if (x - free < 24) continue; free = x; o += line(x, py(0), x, py(0) + 4) + text(x, H - 20, show(v, step < .1 ? 2 : 1)); }
-  const x = X(j + 1); o += line(x, py(0), x, box.t, 'id=cut stroke="var(--ink)" stroke-width=2') + text(x + (x > px(.7) ? -5 : 5), box.t + 10, show(s.edges[j]), x > px(.7) ? 'text-anchor=end' : '') + text(px(.5), H - 4, 'score');
+  const x = X(j + 1); o += line(x, py(0), x, box.t + 2, 'id=cut stroke="var(--ink)" stroke-width=2') + text(Math.max(px(0), Math.min(px(.95), x)), box.t - 2, show(s.edges[j])) + text(px(.5), H - 4, 'score');
   $('hist').innerHTML = svg(o) + `<p class=small><span style="color:var(--in)">&#9632;</span> lesion &nbsp; <span style="color:var(--out)">&#9632;</span> other ${S.post ? 'brain, rim eroded' : 'brain'}; each to its own height. Line: the threshold.</p>`;
 }
 """
