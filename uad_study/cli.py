@@ -163,15 +163,25 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
 
 @app.command()
 def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders of results (default: runs/demo). Several are reported as one: folds from several machines, or methods judged on the same volumes.")] = None,
-           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None):
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None,
+           interactive: Annotated[bool, typer.Option("--interactive", help="Also cases.html: a file to mail, in which slice, sigma and threshold of chosen cases are dragged.")] = False,
+           cases: Annotated[Optional[list[str]], typer.Option("--case", metavar="SUBJECT", help="With --interactive: this test subject (may be given several times; default: a typical one and the worst of each pathology).")] = None):
     "Write the report and its tables from finished evaluations, in seconds. Says what is missing; refuses runs that don't belong together, naming the difference."
     from uad_study.report import write_report
     from uad_study.results import gather
     folders = folders or [Path("runs/demo")]
     out, results = out or (folders[0] if len(folders) == 1 else Path("runs/report")), gather(folders)
     for n in results.notes: print(f"missing: {n}", file=sys.stderr)
+    if cases and not interactive: raise UadError("--case: is for --interactive: add that")
     write_report(results, out)
     print(f"report: {Path(out)/'report.html'}")
+    if interactive:
+        from uad_study.page import write_page
+        if results.cohort is None: raise UadError(f"{folders[0]}: the volumes are not there, so no case can be shown: name the folder of results where they are")
+        ids = results.cohort.table.subject_id
+        if missing := [c for c in cases or () if c not in set(ids)]: raise UadError(f"--case: {missing[0]!r} is no subject of the cohort, such as {ids.iloc[-1]}")
+        write_page(results, Path(out)/"cases.html", [i for c in cases for i in ids.index[ids == c]] if cases else None)
+        print(f"cases:  {Path(out)/'cases.html'}")
 
 @app.command()
 def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], study: Annotated[str, typer.Option(help="Keep the runs of this study (a packaged name or a YAML file).")],
