@@ -73,6 +73,7 @@ def _names(judged, config) -> list[str]:
     singles = {f"ssim_{s:g}" for s in config.sigmas} if any(map(sigma_of, have)) else set()
     return [n for n in score_order(have | singles) if n in ("l1", "ssim_ens") or sigma_of(n)]
 
+# %% ../nbs/52_page.ipynb #004b9f0f
 def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "") -> tuple[dict, bytes]:
     """A row of the cohort as the page reads it: what is said (JSON) and what is unpacked (gzip). Raises `UadError` where the row is no judged test volume or its restoration is not on the disk.
 
@@ -193,7 +194,7 @@ _BODY = """
 """
 
 # %% ../nbs/52_page.ipynb #26a2416c
-_ENGINE = r"""
+_UNPACK = r"""
 'use strict';
 const D = JSON.parse(document.getElementById('data').textContent), $ = id => document.getElementById(id), cases = [];
 async function unpack(i) {
@@ -226,6 +227,10 @@ async function unpack(i) {
   for (const s of m.scores) s.zero = s.edges.filter(e => e < 0).length;
   return c;
 }
+"""
+
+# %% ../nbs/52_page.ipynb #b77e0410
+_ENGINE = r"""
 function median(c, q, size, zero) {
   if (size === 1) return q;
   const {X, Y, Z, sx, sy} = c, r = size >> 1, half = size ** 3 >> 1, W = Y + 2 * r, L = Z + 2 * r, pad = new Uint8Array((X + 2 * r) * W * L), some = new Uint8Array((X + 2 * r) * W);
@@ -276,8 +281,8 @@ function findLesions(c, k, post, j) {
 }
 """
 
-# %% ../nbs/52_page.ipynb #b77e0410
-_VIEW = r"""
+# %% ../nbs/52_page.ipynb #f7d81b03
+_STATE = r"""
 const axes = {axial: [0, 1, 2], coronal: [0, 2, 1], sagittal: [1, 2, 0]}, sides = ['LR', 'LR', 'PA'], S = {i: 0, plane: 'axial', at: {}, kind: 'ssim_ens', sigma: .7, rule: 'val', free: null, post: true, smooth: false};
 const inferno = Uint8Array.from(atob(D.inferno), ch => ch.charCodeAt(0)), shade = v => 3 * Math.max(0, Math.min(255, Math.floor(v * 255)));
 let R = null, pointer = null, asked = 0;                                      // what is shown now; voxel under the pointer
@@ -309,6 +314,10 @@ function histogram(c, k) {                                                    //
   while (end > 1 && (tail += all[end]) <= .002 * n) end--;
   return c.hist[key] = {inside, outside, top: Math.max(value(c.m.scores[k], end), 1e-6)};
 }
+"""
+
+# %% ../nbs/52_page.ipynb #99b79d68
+_PIXELS = r"""
 const small = [0, 1, 2, 3].map(() => document.createElement('canvas'));
 function voxel(u, v) { const {c, at} = R, [a, b, d] = axes[S.plane], i = [0, 0, 0], n = [c.X, c.Y, c.Z]; i[a] = u; i[b] = n[b] - 1 - v; i[d] = at; return i; }
 const placeOf = (c, i) => (i[0] + 1) * c.sx + (i[1] + 1) * c.sy + i[2] + 1;
@@ -342,6 +351,10 @@ function screen() {
     for (const [colour, width] of [['#000', 3], ['#8fe0ff', 1.2]]) { g.strokeStyle = colour; g.lineWidth = width * scale; g.stroke(); }
   }
 }
+"""
+
+# %% ../nbs/52_page.ipynb #8457ff4a
+_WORDS = r"""
 function words() {
   const {c, m, s, rule, j, volume, axis, at, h} = R, ml = n => show(n * D.voxel_ml, 1) + ' mL', edge = s.edges[j], pressed = (id, v) => { for (const b of $(id).children) b.setAttribute('aria-pressed', b.dataset.v === v); };
   pressed('plane', S.plane); pressed('score', S.kind); pressed('rule', rule); [...$('tabs').children].forEach((b, i) => b.setAttribute('aria-pressed', i === S.i));
@@ -469,6 +482,7 @@ def write_page(results: Results, file, cases=None, n: int = 4):
     file_text = _fill(results, model, config, data, healthy, [base64.b64encode(blob).decode() for _, blob in packed])
     with atomic_file(file) as tmp: tmp.write_text(file_text, encoding="utf-8")
 
+# %% ../nbs/52_page.ipynb #838a3302
 def _fill(results, model, config, data, healthy, blobs) -> str:
     "The text of the page."
     e, sigmas = html.escape, sorted({s["sigma"] for c in data["cases"] for s in c["scores"] if s["sigma"]})
@@ -486,4 +500,4 @@ def _fill(results, model, config, data, healthy, blobs) -> str:
     said = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"{policy}\"><meta name=viewport content='width=device-width,initial-scale=1'><meta name=generator content='uad-page/1'>"
-            f"<link rel=icon href='data:,'><title>{e(results.title)}</title><style>{_STYLE}</style></head><body>{body}\n<script type='application/json' id=data>{said}</script>\n{payload}<script>{_ENGINE}{_VIEW}{_CHARTS}{_CONTROLS}</script></body></html>\n")
+            f"<link rel=icon href='data:,'><title>{e(results.title)}</title><style>{_STYLE}</style></head><body>{body}\n<script type='application/json' id=data>{said}</script>\n{payload}<script>{_UNPACK}{_ENGINE}{_STATE}{_PIXELS}{_WORDS}{_CHARTS}{_CONTROLS}</script></body></html>\n")
