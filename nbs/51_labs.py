@@ -164,13 +164,100 @@ t[["subject_id", "lesion", "lesion_ml", "preferred", "best", "ssim_0.3", "ssim_0
 # A planted example: where noise hides a wide, faint lesion and not a small, strong one, the small one must prefer a small sigma and the wide one a large sigma.
 
 # %%
-rng = np.random.default_rng(0)
-brain, z = np.zeros((96, 96, 50), bool), np.zeros((96, 96, 50), bool); brain[10:86, 10:86, 4:46] = True
-small, wide = z.copy(), z.copy(); small[24:26, 24:26, 20:22] = True; wide[45:70, 45:70, 14:36] = True
-healthy = np.where(brain, .5 + .1 * gaussian_filter(rng.normal(size=brain.shape), 1) / .0842, 0).astype(np.float32)
-scan = np.where(brain, healthy + rng.normal(0, .06, brain.shape) + .5 * small + .08 * wide * np.sign(np.sin(np.arange(50) * 1.2)), 0).clip(0, 1).astype(np.float32)
+rng = np.random.default_rng(1)
+brain, small, wide = np.zeros((3, 96, 96, 50), bool); brain[10:86, 10:86, 4:46] = True; small[24:26, 24:26, 20:22] = True; wide[45:65, 45:65, 14:30] = True
+healthy = np.where(brain, .5 + .33 * gaussian_filter(rng.normal(size=brain.shape), 1), 0).clip(0, 1).astype(np.float32)
+scan = np.where(brain, healthy + rng.normal(0, .02, brain.shape) + .2 * small + .03 * wide, 0).clip(0, 1).astype(np.float32)
 write_cohort(folder.parent/"planted", [Item(dict(subject_id="planted", contrast="T2w", pathology="ms", split="test", val_fold=-1), scan, brain, small | wide, healthy)], 1)
 planted = View(Cohort(folder.parent/"planted"), [Restored("planted", {0: healthy}, {})])
-t = preferred_sigma(planted, 0, 0)
-print(t.drop(columns=["row", "patient_id", "contrast", "pathology"]).round(3).to_string())
-assert t.lesion_ml[0] < 1 < t.lesion_ml[1] and t.preferred[0] < t.preferred[1]
+t = preferred_sigma(planted, 0, 0).set_index("lesion_ml")
+assert list(t.index.round(2)) == [.06, 51.2] and list(t.preferred) == [.3, 1.7] and (t["ssim_0.3"] > t["ssim_1.7"]).tolist() == [True, False]
+t[["preferred", *(f"ssim_{s:g}" for s in SIGMAS)]].round(2)
+
+
+# %% [markdown]
+# Seen: the maps of one subject with their weights below; and, over the patients of a pathology, the preferred sigma against the size of the lesion. Lesions of one patient are alike, so the interval of the rank correlation
+# comes from drawing patients, not lesions. A lesion that no sigma separates (its best AUPRC is small) prefers nothing in earnest: `least` leaves it out, and its mark is hollow.
+
+# %%
+#| export
+def rank_correlation(t: pd.DataFrame, least: float = 0.0, n: int = 2000, seed: int = 0) -> dict:
+    """Spearman's rank correlation `rho` of preferred sigma and size, over the lesions of `preferred_sigma` whose `best` is at least `least`, with its 95 % bootstrap interval `lo`, `hi` over patients (expanded percentile).
+
+    NaN for fewer than three lesions or when all prefer one sigma; the interval also for fewer than three patients. `lesions`, `patients`: how many count."""
+    from scipy.stats import rankdata
+    t = t[t.best >= least]
+    x, y, who = t.lesion_ml.to_numpy(), t.preferred.to_numpy(), t.groupby("patient_id", sort=False).indices
+    def rho(i):
+        if len(i) < 3 or np.ptp(x[i]) == 0 or np.ptp(y[i]) == 0: return np.nan
+        return float(np.corrcoef(rankdata(x[i]), rankdata(y[i]))[0, 1])
+    groups, rng, lo, hi = list(who.values()), np.random.default_rng(seed), np.nan, np.nan
+    if len(groups) > 2:
+        drawn = [rho(np.concatenate([groups[k] for k in rng.integers(0, len(groups), len(groups))])) for _ in range(n)]
+        tail = expanded_tail(len(groups))
+        if np.isfinite(drawn).mean() > .5: lo, hi = map(float, np.nanquantile(drawn, [tail, 1 - tail]))
+    return dict(rho=rho(np.arange(len(t))), lo=lo, hi=hi, lesions=len(t), patients=len(groups))
+
+def figure_preference(tables: dict[str, pd.DataFrame], least: float = 0.05):
+    "Preferred sigma against lesion size, a panel for each {title: table of `preferred_sigma`}, with `rank_correlation`; hollow where the best AUPRC is below `least`. Returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    columns = min(2, len(tables))
+    rows = -(-len(tables) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.7 * columns, .3 + 2.5 * rows), dpi=90, squeeze=False, sharey=True, layout="constrained")
+    for ax in axes.flat[len(tables):]: ax.remove()
+    for ax, (title, t) in zip(axes.flat, tables.items()):
+        seen, c, nudge = t.best >= least, rank_correlation(t, least), np.random.default_rng(0).uniform(-.045, .045, len(t))
+        ax.scatter(t.lesion_ml, t.preferred + nudge, s=16, facecolors=np.where(seen, "#0072B2", "none"), edgecolors="#0072B2", linewidths=.7, alpha=.75)
+        interval = f" ({c['lo']:.2f} to {c['hi']:.2f})" if c["lo"] == c["lo"] else ""
+        says = f"rank correlation {c['rho']:.2f}{interval}" if c["rho"] == c["rho"] else "no rank correlation"
+        ax.set_title(f"{title}\n{says}, {c['lesions']} of {len(t)} lesions, {c['patients']} patients", fontsize=8)
+        ax.set(xscale="log", yticks=SIGMAS, ylim=(.15, 1.85)); ax.grid(color="0.93"); ax.set_axisbelow(True); ax.tick_params(labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False); ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        if ax in axes[:, 0]: ax.set_ylabel("preferred sigma (voxels)", fontsize=8)
+        ax.set_xlabel("lesion (mL)", fontsize=8)
+    return fig
+
+
+# %%
+fig = figure_preference({f"MS, one patient, {name}": preferred_sigmas(view, 0, "ms", post) for name, post in (("raw map", False), ("after the median", True))})
+fake = pd.DataFrame(dict(patient_id=list("aabbccddee"), lesion_ml=np.arange(1, 11), preferred=[.3, .3, .5, .5, .7, .9, .9, 1.1, 1.3, 1.7], best=[.5] * 9 + [.01]))
+c = rank_correlation(fake)
+assert .95 < c["rho"] < 1 and .6 < c["lo"] <= c["rho"] <= c["hi"] <= 1 and c["patients"] == 5 and rank_correlation(fake, .05)["lesions"] == 9
+assert rank_correlation(fake.assign(preferred=fake.preferred.to_numpy()[::-1]))["hi"] < -.6 and np.isnan(rank_correlation(fake.assign(preferred=.3))["rho"])
+
+
+# %%
+#| export
+def _coloured(plane, low: float, high: float, name: str) -> np.ndarray:
+    "A slice (H, W) as colours (W, H, 3) uint8, anterior up."
+    from matplotlib import colormaps
+    return np.ascontiguousarray((colormaps[name](np.clip((plane - low) / (high - low), 0, 1))[..., :3] * 255).astype(np.uint8).transpose(1, 0, 2)[::-1])
+
+def sigma_panels(view: View, s: ViewState, sigmas=SIGMAS, temperature: float = 1.0) -> dict[str, np.ndarray]:
+    "The pictures of the sigma lab at the slice of a state, (W, H, 3) uint8: 'input', 'truth', then 'map S' (each scaled to its own 99.8 % quantile in the brain) and 'weight S' (share of equal weight: 0 to 2, white is 1) for each sigma S."
+    maps, weights = sigma_maps(view, s.model, s.row, sigmas, temperature)
+    x, _, mask, lesion = view.case(s)
+    panels = {"input": _coloured(x[:, :, s.z], 0, 1, "gray"), "truth": _coloured(np.where(lesion, 1, .45 * x)[:, :, s.z], 0, 1, "gray")}
+    for sigma, m, w in zip(sigmas, maps, weights):
+        top = max(float(np.quantile(m[mask], .998)) if mask.any() else 0, 1e-6)
+        panels |= {f"map {sigma:g}": _coloured(m[:, :, s.z], 0, top, "inferno"), f"weight {sigma:g}": _coloured(w[:, :, s.z], 0, 2, "PuOr_r")}
+    return panels
+
+def figure_sigmas(view: View, s: ViewState, sigmas=SIGMAS, temperature: float = 1.0):
+    "`sigma_panels` of a state: maps above, weights below. Returns a matplotlib figure."
+    import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    panels = sigma_panels(view, s, sigmas, temperature)
+    fig, axes = plt.subplots(2, len(sigmas) + 1, figsize=(.95 * (len(sigmas) + 1) + .7, 2.3), dpi=90, layout="constrained")
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=0, hspace=0)
+    for axs, kind, first in zip(axes, ("map", "weight"), ("input", "truth")):
+        for ax, name in zip(axs, [first, *(f"{kind} {v:g}" for v in sigmas)]):
+            ax.imshow(panels[name]); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+            ax.set_title(first if name == first else f"$\\sigma$ {name.split()[1]}" if kind == "map" else "", fontsize=8)
+    bar = fig.colorbar(ScalarMappable(plt.Normalize(0, 2), "PuOr_r"), ax=axes[1], ticks=[0, 1, 2], pad=.01, aspect=12)
+    bar.set_label("weight /\nequal weight", fontsize=7); bar.ax.tick_params(labelsize=7)
+    return fig
+
+
+# %%
+fig = figure_sigmas(view, state_for(view, 0, 0))
