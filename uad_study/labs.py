@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GALLERY', 'LOSSES', 'STAGE_COLORS', 'T_TESTS', 'state_for', 'test_rows', 'sigma_maps', 'preferred_sigma',
-           'preferred_sigmas', 'rank_correlation', 'figure_preference', 'sigma_panels', 'figure_sigmas', 'gallery',
-           'state_of', 'thumbnail', 'Gallery', 'fates', 'waterfall', 'waterfalls', 'stage_shares', 'before_grid',
-           'figure_waterfall', 'figure_fates', 'WhyMissed', 'restored_at', 'erased_and_kept', 'figure_erased',
-           'ReconstructionLab']
+           'preferred_sigmas', 'rank_correlation', 'figure_preference', 'sigma_panels', 'figure_sigmas', 'SigmaLab',
+           'gallery', 'state_of', 'thumbnail', 'Gallery', 'fates', 'waterfall', 'waterfalls', 'stage_shares',
+           'before_grid', 'figure_waterfall', 'figure_fates', 'WhyMissed', 'restored_at', 'erased_and_kept',
+           'figure_erased', 'ReconstructionLab']
 
 # %% ../nbs/51_labs.ipynb #f06a2651
 import io, os
@@ -54,6 +54,20 @@ def test_rows(view: View, model: int, pathology: str, split: str = "test") -> li
     rows = [r for r in view.rows(model) if t.pathology.iloc[r] == pathology and t.split.iloc[r] == split]
     if not rows: raise UadError(f"{view.models[model].label}: has restored no {pathology} volume in split {split!r}: choose another pathology or model")
     return rows
+
+def _png(fig) -> bytes:
+    "A matplotlib figure as PNG; the figure is closed."
+    import matplotlib.pyplot as plt
+    if fig is None: return b""
+    buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=110); plt.close(fig)
+    return buffer.getvalue()
+
+def _uri(pixels: np.ndarray) -> str:
+    "Colours (H, W, 3) uint8 as the address of a PNG."
+    import base64
+    from PIL import Image
+    buffer = io.BytesIO(); Image.fromarray(pixels).save(buffer, "png", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/51_labs.ipynb #127d5cb1
 def sigma_maps(view: View, model: int, row: int, sigmas=SIGMAS, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +174,38 @@ def figure_sigmas(view: View, s: ViewState, sigmas=SIGMAS, temperature: float = 
     bar = fig.colorbar(ScalarMappable(plt.Normalize(.5, 1.5), "PuOr_r"), ax=axes[1], ticks=[.5, 1, 1.5], pad=.01, aspect=12)
     bar.set_label("weight /\nequal weight", fontsize=7); bar.ax.tick_params(labelsize=7)
     return fig
+
+# %% ../nbs/51_labs.ipynb #cea3309e
+class SigmaLab:
+    "`figure_sigmas` of a subject and slice that are chosen, and its lesions with the sigma that each prefers (`table`: `preferred_sigma`). Show it as a cell's value; `state` is what is looked at, `go(state)` moves."
+    def __init__(self, view: View, state: ViewState | None = None):
+        import ipywidgets as w
+        self.view, self._quiet, wide = view, False, dict(style={"description_width": "60px"}, layout=w.Layout(width="330px"))
+        self.model = w.Dropdown(options=[(m.label, i) for i, m in enumerate(view.models)], description="model", **wide)
+        self.row, self.z = w.Dropdown(description="subject", **wide), w.IntSlider(min=0, max=view.cohort.images.shape[3] - 1, description="slice", continuous_update=False, **wide)
+        self.image, self.text = w.Image(format="png", layout=w.Layout(width="900px")), w.HTML()
+        for c, name in ((self.row, "uad-sigma-row"), (self.z, "uad-sigma-z"), (self.image, "uad-sigmas"), (self.text, "uad-sigmas-text")): c.add_class(name)
+        self.model.observe(lambda c: self._quiet or self.go(state_for(view, c["new"], self.state.row if self.state.row in view.rows(c["new"]) else view.rows(c["new"])[0])), "value")
+        self.row.observe(lambda c: self._quiet or self.go(state_for(view, self.state.model, c["new"])), "value")
+        self.z.observe(lambda c: self._quiet or self.go(replace(self.state, z=c["new"])), "value")
+        self.widget = w.VBox([w.HBox([self.model, self.row, self.z], layout=w.Layout(flex_flow="row wrap")), self.image, self.text])
+        self.go(state or view.first())
+
+    def go(self, state: ViewState):
+        "Move to another state: its model, row and slice."
+        new = not hasattr(self, "state") or (self.state.model, self.state.row) != (state.model, state.row)
+        self.state, self._quiet, subject = state, True, self.view.cohort.table.subject_id
+        try:
+            self.row.options = [(subject.iloc[r], r) for r in self.view.rows(state.model)]
+            self.model.value, self.row.value, self.z.value = state.model, state.row, state.z
+        finally: self._quiet = False
+        self.image.value = _png(figure_sigmas(self.view, state))
+        if not new: return
+        self.table = t = preferred_sigma(self.view, state.model, state.row).sort_values("lesion_ml", ascending=False, kind="stable")
+        rows = "".join(f"<tr><td>{r.lesion_ml:.3g}</td><td>{f'{r.preferred:g}</td><td>{100 * r.best:.2g} %' if r.best == r.best else 'none</td><td>outside the eroded brain mask'}</td></tr>" for r in t.head(8).itertuples())
+        self.text.value = f"<table><tr><th>lesion (mL)</th><th>prefers sigma</th><th>healthy voxels that score as high</th></tr>{rows}</table>{f'and {len(t) - 8} smaller ones' if len(t) > 8 else ''}" if len(t) else "No lesion."
+
+    def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
 # %% ../nbs/51_labs.ipynb #49153150
 GALLERY = {"false": "Worst false positives", "missed": "Most missed", "ahead": "{score} ahead of {against}", "behind": "{against} ahead of {score}"}
@@ -373,13 +419,6 @@ class WhyMissed:
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
-def _png(fig) -> bytes:
-    "A matplotlib figure as PNG; the figure is closed."
-    import matplotlib.pyplot as plt
-    if fig is None: return b""
-    buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=110); plt.close(fig)
-    return buffer.getvalue()
-
 # %% ../nbs/51_labs.ipynb #bbab4c64
 T_TESTS = (50, 150, 250, 350, 500, 650, 800, 950)
 "The noise levels of the reconstruction lab."
@@ -476,10 +515,3 @@ class ReconstructionLab:
         self.text.value = f"t = {t}: SSIM to the input in healthy brain {q.ssim:.2f}, {erased}"
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
-
-def _uri(pixels: np.ndarray) -> str:
-    "Colours (H, W, 3) uint8 as the address of a PNG."
-    import base64
-    from PIL import Image
-    buffer = io.BytesIO(); Image.fromarray(pixels).save(buffer, "png", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
