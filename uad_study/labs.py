@@ -398,9 +398,9 @@ class WhyMissed:
         self.image, self.text = w.Image(format="png", layout=w.Layout(width="860px")), w.HTML()
         self.image.add_class("uad-waterfall"); self.text.add_class("uad-waterfall-text")
         self.widget = w.VBox([w.HBox([self.model, self.pathology, self.score, self.rule], layout=w.Layout(flex_flow="row wrap")), self.image, self.text])
-        self._offer()
-        self.model.observe(lambda _: self._offer(), "value")
         for c in (self.pathology, self.score, self.rule): c.observe(lambda _: self.draw(), "value")
+        self.model.observe(lambda _: self._offer(), "value")
+        self._offer()
 
     def _offer(self):
         "The pathologies that the model has restored test patients of."
