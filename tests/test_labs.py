@@ -189,7 +189,7 @@ def test_inspector_gallery_click_opens_the_case(study):
         what = {"Worst false positives": found & ~lesion, "Most missed": lesion & ~found}.get(g.list[i], lesion)
         assert view.threshold(s) == pytest.approx(g.threshold[i]) and (not what.any() or what[:, :, s.z].sum() == what.sum((0, 1)).max())
     inspector = Inspector(view)
-    labs.Gallery(view, g, inspector.go).buttons[here[-1]].click()
+    labs.Gallery(view, g, getattr(inspector, "show", None) or inspector.go).buttons[here[-1]].click()
     assert inspector.state == chosen[-1]
     empty = labs.Gallery(view, g[:0], chosen.append)
     assert not empty.buttons and "No case" in empty.widget.children[0].value
