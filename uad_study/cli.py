@@ -288,7 +288,7 @@ def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results wh
     if images:
         from uad_study.cohort import Cohort
         from uad_study.evaluate import export_images
-        print(f"{images}: {len(export_images(Cohort(find_cohort(source, out)), images, contrast, fold))} images, listed in subjects.csv")
+        print(f"{images}: {len(export_images(Cohort(find_cohort(source, images)), images, contrast, fold))} images, listed in subjects.csv")
         return
     with out_folder(out) as out:
         if maps or reconstructions:

@@ -192,10 +192,10 @@ def prepared_cohorts(data_dir) -> list[Path]:
     if not found: raise UadError(f"{data_dir}: holds no prepared data set: run `uad prepare` first, with --out {data_dir}/NAME")
     return found
 
-def merge_cohorts(folders, folder, contrasts, pathologies, tick=None):
+def merge_cohorts(folders, folder, contrasts, pathologies, tick=None, need_train: bool = True):
     """Pack the volumes of these contrasts, healthy or of these pathologies, from several prepared cohorts into one in `folder`.
 
-    Raises `UadError` when two were not prepared alike (naming the setting), when they share a subject, or when nothing is left."""
+    Raises `UadError` when two were not prepared alike (naming the setting), when they share a subject, when nothing is left, or (with `need_train`) when a contrast has no healthy scans to train on."""
     cohorts = [Cohort(f) for f in folders]
     first = cohorts[0]
     for c in cohorts[1:]:
@@ -206,7 +206,7 @@ def merge_cohorts(folders, folder, contrasts, pathologies, tick=None):
             raise UadError(f"{c.folder}: was prepared with {k} = {b_!r}, but {first.folder} with {a_!r}: prepare them alike")
     chosen = [(c, r) for c in cohorts for r in np.flatnonzero(c.table.contrast.isin(contrasts) & c.table.pathology.isin(["healthy", *pathologies]))]
     if not chosen: raise UadError(f"{first.folder}: holds no {' or '.join(contrasts)} volumes: check data.contrasts and --data")
-    for contrast in contrasts:
+    for contrast in contrasts if need_train else ():
         if not any(((c.table.contrast == contrast) & (c.table.pathology == "healthy") & (c.table.split == "train")).any() for c in cohorts):
             raise UadError(f"{Path(first.folder).parent.parent}: holds no healthy {contrast} scans to train on: prepare some there (the paper's: uad prepare IXI), or leave {contrast} out of data.contrasts")
     def items():

@@ -121,18 +121,18 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
     return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label or model.config.name, perfect, report, snapshots, tick)
 
 # %% ../nbs/40_evaluate.ipynb #63ca3185
-def kept_restorations(train_dir, rows, step: int, restore: dict | None = None) -> dict[int, np.ndarray] | None:
-    "The restorations of cohort rows by the weights of a training step that are kept in `train_dir`, made as `restore` says; None where they are not."
+def kept_restorations(train_dir, rows, step: int, restore: dict | None = None, checkpoint: str | None = None) -> dict[int, np.ndarray] | None:
+    "The restorations of cohort rows by the weights of a training step (of SHA-256 `checkpoint`, where that is known) that are kept in `train_dir`, made as `restore` says; None where they are not."
     for folder in sorted(Path(train_dir).glob("reconstructions-*")):
         volumes, info = open_reconstructions(folder)
-        if info["step"] == step and (info.get("restore") or {}) == (restore or {}) and set(map(int, rows)) <= set(volumes): return {int(r): volumes[int(r)] for r in rows}
+        if info["step"] == step and (info.get("restore") or {}) == (restore or {}) and checkpoint in (None, info.get("checkpoint_sha256")) and set(map(int, rows)) <= set(volumes): return {int(r): volumes[int(r)] for r in rows}
     return None
 
 def evaluate_again(cohort: Cohort, contrast: str, fold: int, train_dir, best_step: int, folder, config: ScoreConfig, label: str, restore: dict | None = None, perfect: bool = True,
-                   report: ReportConfig = ReportConfig(), tick=None, rows=None) -> dict[str, pd.DataFrame]:
+                   report: ReportConfig = ReportConfig(), tick=None, rows=None, checkpoint: str | None = None) -> dict[str, pd.DataFrame]:
     "`evaluate_restorations` of what `train_dir` keeps (of `rows`; default: all of validation and test); no model is loaded. Raises `UadError` where the restorations are gone."
     if rows is None: rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
-    x_hat = kept_restorations(train_dir, rows, best_step, restore)
+    x_hat = kept_restorations(train_dir, rows, best_step, restore, checkpoint)
     if x_hat is None: raise UadError(f"{train_dir}: keeps no restorations of these volumes: run the study again, or name the folder of the results it was run in")
     few = few_rows(cohort, fold, contrast, report.steps_val, report.steps_test)
     steps = {info["step"] for f in Path(train_dir).glob("reconstructions-*") for info in [open_reconstructions(f)[1]]} - {best_step}

@@ -370,9 +370,9 @@ def figure_curves(results: Results, model: str | None = None):
         ax.set(yscale="log", ylim=(low, high * (high / low)**.42), xlim=(0, 1)); ax.spines["left"].set_bounds(low, high)                    # room above for the legend
         ticks = lambda steps: FixedLocator([a * 10.**k for k in range(-6, 1) for a in steps if low <= a * 10.**k <= high])
         ax.yaxis.set_major_locator(ticks((1, 2, 5) if high < 50 * low else (1,))); ax.yaxis.set_minor_locator(ticks(range(2, 10))); ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}"); ax.yaxis.set_minor_formatter("")
-        ax.legend(title=f"area under the curve (coin: {coin:.3f})", title_fontsize=6.5, fontsize=6.5, loc="upper center", ncols=2, handlelength=1.7, borderaxespad=0, labelspacing=.25, columnspacing=.8, handletextpad=.5)
+        ax.legend(title=f"area under the curve (prevalence: {coin:.3f})", title_fontsize=6.5, fontsize=6.5, loc="upper center", ncols=2, handlelength=1.7, borderaxespad=0, labelspacing=.25, columnspacing=.8, handletextpad=.5)
     _named(pairs, shown, "recall", "precision")
-    _legend(fig, [], [Line2D([], [], marker="o", ms=5.5, mfc="w", mec="0.3", mew=1.3, ls="", label="at the validation threshold"), Line2D([], [], color=COLORS["perfect map"], lw=1, label="a coin: precision is the prevalence")])
+    _legend(fig, [], [Line2D([], [], marker="o", ms=5.5, mfc="w", mec="0.3", mew=1.3, ls="", label="at the validation threshold"), Line2D([], [], color=COLORS["perfect map"], lw=1, label="prevalence")])
     return fig
 
 # %% ../nbs/44_figures.ipynb #705dbefb

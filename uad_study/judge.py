@@ -85,25 +85,26 @@ def post_processed(cohort: Cohort, row: int, maps, config: ScoreConfig) -> np.nd
 
 # %% ../nbs/39_judge.ipynb #6bd0d847
 class KeptMaps:
-    """Post-processed maps of cohort rows as files in `folder`. Of a row, in its `region` of M voxels: `scores(row, k)` float32 of the k-th map, `truth(row)` and `eroded(row)` (the eroded brain mask), bool.
-
-    `inside(row)`: the region itself, (H, W, D) bool."""
+    """Post-processed maps of cohort rows as files in `folder`. Of a row, in its `region` of M voxels: `scores(row, k)` float32 of the k-th map; bool: `truth(row)`, `eroded(row)` (the eroded brain mask) and `flat(row)`
+    (where a map that is the same everywhere in the brain is above 0 after post-processing). `inside(row)`: the region itself, (H, W, D) bool."""
     def __init__(self, cohort: Cohort, folder, config: ScoreConfig): self.cohort, self.folder, self.config, self._last = cohort, Path(folder), config, (None, None)
 
     def __contains__(self, row): return (self.folder/f"{row}.npy").exists()
 
     def keep(self, row: int, maps):
         "Post-process and keep the maps (H, W, D) of a row."
-        places = [region(self.cohort, row, self.config), erode_mask(np.asarray(self.cohort.brain_masks[row]), self.config.erode)]
+        brain, c = np.asarray(self.cohort.brain_masks[row]), self.config
+        places = [region(self.cohort, row, c), erode_mask(brain, c.erode), postprocess(brain.astype(np.float32), brain, c.erode, c.median, median_first=c.median_first) > 0]
         for name, a in ((f"{row}-places", np.packbits(places)), (f"{row}", post_processed(self.cohort, row, maps, self.config))):
             with atomic_file(self.folder/f"{name}.npy") as tmp, open(tmp, "wb") as f: np.save(f, a)
 
     def _places(self, row):
-        if self._last[0] != row: self._last = row, np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(2, *GRID_SHAPE)
+        if self._last[0] != row: self._last = row, np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(3, *GRID_SHAPE)
         return self._last[1]
 
     def inside(self, row): return self._places(row)[0]
     def eroded(self, row): return self._places(row)[1][self.inside(row)]
+    def flat(self, row): return self._places(row)[2][self.inside(row)]
     def truth(self, row): return np.asarray(self.cohort.lesion_masks[row])[self.inside(row)]
     def scores(self, row, k): return np.array(np.load(self.folder/f"{row}.npy", mmap_mode="r")[k])          # a copy: no file stays open
 
@@ -151,8 +152,8 @@ class _Judged:
 def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: ScoreConfig, work, model: str, tick=None, rows: dict | None = None, brief: bool = False) -> dict[str, pd.DataFrame]:
     """Judge the scores `names` of one model on all volumes of a contrast. `maps_of(row)` gives their maps (H, W, D) in this order, before post-processing; only called for what is not in `work` yet.
 
-    Returns tables: `cases` (a row per test case, score and rule), `pooled` (per pathology and score: thresholds, pooled AUPRC, prevalence), `curves`, `calibration`, `lesions` (a row per true lesion).
-    val_dice and oracle_pooled_dice are what the search maximised. `rows` ({'val', 'test'}: row numbers) narrows the volumes. `brief`: only the cases at their own validation threshold.
+    Returns tables: `cases` (a row per test case, score and rule), `pooled` (per pathology and score: thresholds, pooled AUPRC, prevalence, AUPRC of a map that is the same everywhere), `curves`, `calibration`, `lesions` (a row per true lesion).
+    Voxels to ignore are taken out of the prediction before components are counted. val_dice and oracle_pooled_dice are what the search maximised. `rows` ({'val', 'test'}: row numbers) narrows the volumes. `brief`: only the cases at their own validation threshold.
     Memory holds one map of a volume at a time, but for `components_in_search` and `search_both`, which hold those of one pathology."""
     rows, kept, who, t = rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}, KeptMaps(cohort, work, config), patients(cohort.table), cohort.table
     everything = [int(r) for s in ("val", "test") for r in rows[s]]
@@ -181,11 +182,16 @@ def _judge_score(j: _Judged, val, test, who, common, tables, brief):
         for r in rs: _case_rows(j, r, who[r], {rule: t for rule, t in rules.items() if np.isfinite(t)}, where, tables)
     if healthy and test.get("healthy"): _calibration_rows(j, healthy, test["healthy"], common, len(val["healthy"]), tables)
 
+def _chance(kept: KeptMaps, rows) -> float:
+    "The pooled AUPRC of a map that is the same everywhere in the brain, after the same post-processing. (Above the prevalence: outside the eroded brain every map is 0, and few lesions are.) NaN without lesions."
+    voxels, lesion, inside, found = np.sum([(len(t := kept.truth(r)), t.sum(), (f := kept.flat(r)).sum(), (t & f).sum()) for r in rows], axis=0)
+    return float((found / lesion * found / inside if inside else 0) + (1 - found / lesion) * lesion / voxels) if lesion else np.nan
+
 def _pooled_rows(j: _Judged, rows, where, own, healthy, n_val, n_test, tables) -> float:
     "The rows of a pathology's pooled test voxels; returns the oracle's threshold."
     pool = j.pool(rows)
     oracle = j.best(rows, True) if j.config.components_in_search else pool.best_threshold()
-    tables["pooled"].append(where | dict(threshold=own[0], val_dice=own[1], oracle_threshold=oracle[0], oracle_pooled_dice=oracle[1], healthy_threshold=healthy, auprc_pooled=pool.auprc(), prevalence=pool.prevalence,
+    tables["pooled"].append(where | dict(threshold=own[0], val_dice=own[1], oracle_threshold=oracle[0], oracle_pooled_dice=oracle[1], healthy_threshold=healthy, auprc_pooled=pool.auprc(), prevalence=pool.prevalence, chance=_chance(j.kept, rows),
                                          n_val=n_val, n_test=n_test))
     if pool.n_positive: tables["curves"] += [where | c for c in pd.DataFrame(pool.curve(100)).to_dict("records")]
     return oracle[0]
@@ -203,8 +209,8 @@ def _case_rows(j: _Judged, row, who, rules, where, tables):
         found = case | dict(threshold_from=rule, threshold=threshold, dice=dice(p, truth), dice_released=dice_released(p, truth), predicted_ml=p.sum() * VOXEL_ML, false_ml=(p & ~truth).sum() * VOXEL_ML)
         if rule == headline and where["pathology"] != "healthy":
             masks = made[threshold], np.asarray(cohort.lesion_masks[row])
-            touched, matched = (lesion_wise(*masks, min_iou=iou, ignore=np.asarray(cohort.ignore_masks[row])) for iou in (0., .1))
-            found |= dict(lesions=touched["lesions"], lesions_found=touched["found"], lesions_false=touched["false_alarms"], lesion_f1=touched["f1"], lesion_f1_iou=matched["f1"])
+            touched, matched = (lesion_wise(*masks, min_iou=iou) for iou in (0., .1))
+            found |= dict(lesions=touched["lesions"], lesions_found=touched["found"], lesions_predicted=touched["predicted"], lesions_false=touched["false_alarms"], lesion_f1=touched["f1"], lesion_f1_iou=matched["f1"])
             tables["lesions"] += [where | dict(subject_id=t.subject_id, patient_id=who, threshold_from=rule) | lesion for lesion in lesion_table(*masks, VOXEL_ML)]
         tables["cases"].append(found)
 

@@ -38,7 +38,9 @@ def _judged(out: Path, parameters: dict, work, places: dict, made_from: dict, st
     key = digest("evaluate", STAGES["evaluate"], parameters, made_from)
     label = f"evaluate {parameters['contrast']} {parameters['label']} f{parameters['fold']}"
     folder = out/slug(f"{label} {key}")
-    if (folder/"result.json").exists() and read_json(folder/"result.json", RESULT)["key"] == key: return folder
+    if (folder/"result.json").exists() and read_json(folder/"result.json", RESULT)["key"] == key:
+        write_json(folder/"places.json", {k: _relative(v, folder) for k, v in places.items()}, PLACES)            # it may have moved
+        return folder
     started = time.monotonic()
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise os_error(folder, e) from None
@@ -62,7 +64,9 @@ def _finish(out: Path, title: str, study: str, folders, cohort_dir, variants=())
     "Say in `out` which evaluations its report is of, and read them."
     parameters = dict(title=title, study=study, evaluate_dirs=[f"../{f.name}" for f in folders], variants=list(variants))
     key = digest("report", STAGES["report"], parameters)
-    write_json(out/f"report-{key}"/"run.json", dict(stage="report", label="report", key=key, study=study, parameters=parameters, device="cpu", cohort=None), RUN)
+    run = dict(stage="report", label="report", key=key, study=study, parameters=parameters, cohort=None)
+    write_json(out/f"report-{key}"/"run.json", run | dict(device="cpu"), RUN)
+    write_json(out/f"report-{key}"/"result.json", run | dict(version=STAGES["report"], results={}, provenance=provenance() | dict(seconds=0.)), RESULT)
     return gather([out])
 
 # %% ../nbs/48_rejudge.ipynb #119f2073
@@ -71,7 +75,7 @@ def _again(spec: dict) -> Path:
     q, places = spec["parameters"], spec["places"]
     def work(folder, tick):
         return evaluate_again(Cohort(places["cohort_dir"]), q["contrast"], q["fold"], places["train_dir"], spec["step"], folder, from_dict(ScoreConfig, q["score_config"], "scores"), q["label"], q["restore_config"], q["perfect"],
-                              from_dict(ReportConfig, q["report_config"], "report"), tick, spec["rows"])
+                              from_dict(ReportConfig, q["report_config"], "report"), tick, spec["rows"], spec["made_from"]["checkpoint_sha256"])
     return _judged(Path(spec["out"]), q, work, places, spec["made_from"], spec["study"])
 
 def judge_again(source, out, changes: dict | None = None, suffix: str = "", report: dict | None = None, pmap=map, tell=None) -> Results:
@@ -91,6 +95,7 @@ def judge_again(source, out, changes: dict | None = None, suffix: str = "", repo
                           made_from=dict(cohort_sha256=file_sha256(cohort_dir/"cohort.json"), evaluation=e["key"], checkpoint_sha256=e["results"].get("checkpoint_sha256"))))
     title = old.title + (f"; judged again with {', '.join(f'{k} {v}' for k, v in changes.items())}" if changes else "")
     variants = [v | ({"label": f"{v['label']}, {suffix}", "base": f"{v['base']}, {suffix}"} if suffix else {}) for v in old.variants.values()]
+    for n in old.notes if tell else (): tell(f"missing: {n}")
     made = []
     for s, folder in zip(specs, pmap(_again, specs)):
         made.append(folder)
@@ -103,7 +108,7 @@ def kept_rows(folder) -> set[int]:
 
 # %% ../nbs/48_rejudge.ipynb #44f95060
 def find_cohort(source, out, contrasts=("T1w", "T2w")) -> Path:
-    "The folder of the cohort in `source`: a study's results, a cohort itself, or what `uad prepare` wrote (several data sets are packed into `out`/cohort). Raises `UadError` when there is none, or more than one."
+    "The folder of the cohort in `source`: a study's results, a cohort itself, or what `uad prepare` wrote (several data sets are packed into `out`/cohort-KEY). Raises `UadError` when there is none, or more than one."
     source = Path(source)
     if not source.is_dir(): raise UadError(f"{source}: no such folder")
     if (source/"cohort.json").is_file(): return source
@@ -117,11 +122,12 @@ def find_cohort(source, out, contrasts=("T1w", "T2w")) -> Path:
         raise UadError(f"{source}: holds {len(found) or 'no'} prepared cohorts: name the one to judge on (a folder with cohort.json)")
     found = prepared_cohorts(source)
     if len(found) == 1: return found[0]
-    if not (Path(out)/"cohort"/"cohort.json").exists():
+    packed = Path(out)/f"cohort-{digest([file_sha256(f/'cohort.json') for f in found])}"                          # prepared anew: packed anew
+    if not (packed/"cohort.json").exists():
         import pandas as pd
         every = pd.concat([Cohort(f).table for f in found])
-        merge_cohorts(found, Path(out)/"cohort", [c for c in contrasts if c in set(every.contrast)], sorted(set(every.pathology) - {"healthy"}))
-    return Path(out)/"cohort"
+        merge_cohorts(found, packed, [c for c in contrasts if c in set(every.contrast)], sorted(set(every.pathology) - {"healthy"}), need_train=False)
+    return packed
 
 def score_folders(folder) -> dict[str, Path]:
     "The scores in a folder of maps: {'map': folder} where files (or BIDS's sub-* folders) lie in it directly, else each sub-folder is a score of its name."
@@ -130,7 +136,7 @@ def score_folders(folder) -> dict[str, Path]:
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if [p for p in folder.glob("*.nii*")] or not inside or all(p.name.startswith("sub-") for p in inside): return {"map": folder}
     for p in inside:
-        if p.name in ("intensity", "intensity_dark") or p.name.startswith("truth"): raise UadError(f"{p}: the name {p.name!r} is taken: rename the folder")
+        if p.name in ("intensity", "intensity_dark", "ssim_val") or p.name.startswith("truth"): raise UadError(f"{p}: the name {p.name!r} is taken: rename the folder")
     return {p.name: p for p in inside}
 
 def fold_folders(folder, fold: int) -> dict[int, Path]:
@@ -145,7 +151,9 @@ def judge_files(source, out, folder, what: str = "maps", model: str = "maps", co
     if not str(model).strip() or model == "perfect map": raise UadError(f"--model: {model!r} can't be a method's name: choose another")
     cohort_dir = find_cohort(source, out)
     cohort, made = Cohort(cohort_dir), []
+    known = {0, *(int(v) for v in cohort.table.val_fold if v >= 0)}
     for k, place in fold_folders(folder, fold).items():
+        if k not in known: raise UadError(f"{place}: fold {k} is none of the cohort's ({', '.join(map(str, sorted(known)))}): check --fold, or the folder's name")
         scores, seen = score_folders(place) if what == "maps" else {"": place}, []
         for c in [contrast] if contrast else sorted(set(cohort.table.contrast)):
             rows = np.concatenate([cohort.select(s, k, contrast=c) for s in ("val", "test")])
@@ -179,12 +187,18 @@ def _judge_files(cohort, out, found: dict, what, model, contrast, fold, changes,
             write_reconstructions(folder/"reconstructions-given", everything, (_restoration(files[r], affine) for r in everything), {"step": 0})
             return evaluate_again(cohort, contrast, fold, folder, 0, folder, config, model, {}, True, extra, tick, everything)
         names = (*found, *(n for n in config.names_for(contrast) if n.startswith("intensity")))
-        def maps_of(r): return {n: load_map(f[r], affine) for n, f in found.items()} | {"intensity": np.asarray(cohort.images[r]), "intensity_dark": 1 - np.asarray(cohort.images[r])}
+        def maps_of(r): return {n: _anomaly(f[r], affine, np.asarray(cohort.brain_masks[r])) for n, f in found.items()} | {"intensity": np.asarray(cohort.images[r]), "intensity_dark": 1 - np.asarray(cohort.images[r])}
         tables = evaluate_maps(cohort, contrast, fold, maps_of, names, folder, config, model, True, extra, tick, first)
         write_tables(folder, tables)
         return tables
     places = dict(cohort_dir=cohort.folder) | (dict(maps={n: {r: f[r] for r in everything} for n, f in found.items()}) if what == "maps" else {})
     return _judged(out, parameters, work, places, dict(cohort_sha256=file_sha256(cohort.folder/"cohort.json"), files_sha256=hashes), model)
+
+def _anomaly(path, affine, brain) -> np.ndarray:
+    "An anomaly map on the grid. Post-processing sets what is outside the eroded brain to 0, so 0 must be the lowest a map can say."
+    m = load_map(path, affine)
+    if m[brain].min() < 0: raise UadError(f"{path}: holds scores below 0 (to {m[brain].min():.3g}), but 0 stands for 'not suspicious at all' outside the eroded brain: add one constant to all maps of this score")
+    return m
 
 def _restoration(path, affine) -> np.ndarray:
     "A restoration on the grid, in the intensities of the images."

@@ -12,7 +12,7 @@ import json
 import numpy as np, pandas as pd
 from pathlib import Path
 from . import __version__
-from .core import UadError, read_json, write_json
+from .core import UadError, file_sha256, read_json, write_json
 from .cohort import Cohort, Item, write_cohort, write_reconstructions
 from .evaluate import kept_restorations
 from .judge import headline_rule
@@ -42,8 +42,8 @@ def mean_std(t: pd.DataFrame, column: str = "dice") -> tuple[float, float]:
 
 # %% ../nbs/42_results.ipynb #51907423
 TABLE_COLUMNS = ["model", "contrast", "pathology", "score", "fold", "n_val", "n_test", "threshold_from", "threshold", "dice", "dice_lo", "dice_hi", "healthy_dice", "oracle_dice",
-                 "auprc", "auprc_pooled", "prevalence", "healthy_fp_ml"]
-"The columns of `table.csv`. Dice and AUPRC are fractions; dice_lo and dice_hi a 95 % bootstrap interval over patients; healthy_fp_ml mL on healthy test scans."
+                 "auprc", "auprc_pooled", "prevalence", "chance", "healthy_fp_ml"]
+"The columns of `table.csv`. Dice and AUPRC are fractions; chance: the AUPRC of a map that is the same everywhere in the brain; dice_lo and dice_hi a 95 % bootstrap interval over patients; healthy_fp_ml mL on healthy test scans."
 
 TEXT = dict.fromkeys(["model", "contrast", "pathology", "score", "subject_id", "patient_id", "threshold_from", "split"], str)
 "The columns of the tables that hold names."
@@ -66,7 +66,7 @@ def summarise(cases: pd.DataFrame, pooled: pd.DataFrame) -> pd.DataFrame:
         source = f"val:{pathology}" if rule == "val" else rule
         rows.append(dict(model=model, contrast=contrast, pathology=pathology, score=score, fold=fold, n_val=p["n_val"], n_test=len(at(rule)), threshold_from=rule,
                          threshold=by[rule].threshold.mean() if rule else np.nan, dice=at(rule).mean(), dice_lo=lo, dice_hi=hi, healthy_dice=at("healthy").mean(), oracle_dice=at("oracle").mean(),
-                         auprc=at(rule, "auprc").mean(), auprc_pooled=p["auprc_pooled"], prevalence=p["prevalence"], healthy_fp_ml=healthy.get((model, contrast, score, fold, source), np.nan)))
+                         auprc=at(rule, "auprc").mean(), auprc_pooled=p["auprc_pooled"], prevalence=p["prevalence"], chance=p["chance"], healthy_fp_ml=healthy.get((model, contrast, score, fold, source), np.nan)))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 # %% ../nbs/42_results.ipynb #feb9e299
@@ -127,7 +127,8 @@ class Results:
         i = self.index(model, row, fold)
         if i is None: return None
         folder, step = self.kept(i)
-        kept = kept_restorations(folder, [row], step, self.evaluations[i]["parameters"].get("restore_config"))
+        e = self.evaluations[i]
+        kept = kept_restorations(folder, [row], step, e["parameters"].get("restore_config"), e["results"].get("checkpoint_sha256"))
         return kept and kept[int(row)]
 
     def index(self, model: str, row: int, fold: int = 0) -> int | None:
@@ -162,17 +163,16 @@ def _places(folder: Path, evaluation: dict) -> dict:
     return {k: known.get(k) for k in ("cohort_dir", "train_dir", "maps")}
 
 def _read_tables(folders, name: str) -> pd.DataFrame:
-    "The tables `name`.csv of all folders in one. A table without rows is an empty file. Of several perfect maps (each method judged by itself has one) the first of a contrast and fold stays."
-    parts, perfect = [], set()
+    "The tables `name`.csv of all folders in one. A table without rows is an empty file. Of several perfect maps (each method judged by itself has one) the first of a contrast stays."
+    parts, perfect = [], {}
     for d in folders:
         try: parts.append(pd.read_csv(d/f"{name}.csv", dtype=TEXT, keep_default_na=False, na_values=[""]))            # a patient or a label may be called 007 or NA
         except pd.errors.EmptyDataError: pass
         except OSError: raise UadError(f"{d/f'{name}.csv'}: cannot be read: run the evaluation again") from None
         else:
             if not len(t := parts[-1]) or "model" not in t: continue
-            of = list(zip(t.contrast, t.fold)); own = (t.model == "perfect map").to_numpy()
-            parts[-1] = t[[not (p and k in perfect) for p, k in zip(own, of)]]
-            perfect |= {k for p, k in zip(own, of) if p}
+            own = (t.model == "perfect map").to_numpy()
+            parts[-1] = t[[not p or perfect.setdefault(c, d) == d for p, c in zip(own, t.contrast)]]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 # %% ../nbs/42_results.ipynb #05097fd7
@@ -189,9 +189,13 @@ def cohort_difference(a: dict, b: dict) -> str:
     words = dict(volumes="other subjects, or other splits", images="other image values", brain_masks="other brain masks", lesion_masks="other lesion masks", ignore_masks="other voxels to ignore", twins="other lesion-free twins")
     return next((w for k, w in words.items() if ha.get(k) != hb.get(k)), "")
 
+def _settings(parameters: dict) -> dict:
+    "What all folds and contrasts of one name must share."
+    return {k: parameters.get(k) or {} for k in ("judged", "model_config", "restore_config", "score_config")}
+
 def _belong_together(evaluations: dict, variants: set):
     "Raise a `UadError` unless evaluations {folder: result} are of this version, of the same volumes (variants may have others), and one per name, contrast and fold."
-    seen, first = {}, None
+    seen, settings, first = {}, {}, None
     for d, e in evaluations.items():
         q = e["parameters"]
         if e.get("version") != STAGES["evaluate"]: raise UadError(f"{d}: was judged by version {e.get('version', '3 or older')} of the evaluation, this is {STAGES['evaluate']}: run the study again (trainings and restorations are kept)")
@@ -199,6 +203,8 @@ def _belong_together(evaluations: dict, variants: set):
         if place in seen and (other := evaluations[seen[place]])["key"] != e["key"]:
             said = difference(*({k: v for k, v in p.items() if k not in ("cohort_dir", "train_dir")} for p in (other["parameters"], q))) or cohort_difference(other["results"]["cohort"], e["results"]["cohort"]) or "another training"
             raise UadError(f"{d}: does not belong with {seen[place]}: both are {q.get('label')} on {q['contrast']}, fold {q['fold']}, but {said}: report one of them, or give it another label")
+        like = settings.setdefault(q.get("label"), (d, _settings(q)))
+        if said := difference(like[1], _settings(q)): raise UadError(f"{d}: does not belong with {like[0]}: both are called {q.get('label')}, but {said}: report one of them, or give it another label")
         seen[place] = d
         if q.get("label") in variants: continue
         first = first or d
@@ -219,7 +225,10 @@ def gather(folders, title: str = "") -> Results:
             if planned: plans.append(read_json(planned[-1], RUN))
             wanted = planned and {Path(d).name for d in plans[-1]["parameters"]["evaluate_dirs"]}
             for d in sorted(f.parent for f in root.glob("evaluate-*/run.json")):
-                if (not planned or d.name in wanted) and not (d.name in runs and (runs[d.name]/"result.json").exists()): runs[d.name] = d
+                if planned and d.name not in wanted: continue
+                if d.name in runs and all((x/"result.json").exists() for x in (d, runs[d.name])) and file_sha256(d/"cases.csv") != file_sha256(runs[d.name]/"cases.csv"):
+                    raise UadError(f"{d}: is the same run as {runs[d.name]}, with other numbers (trained on another machine?): report one of them")
+                if not (d.name in runs and (runs[d.name]/"result.json").exists()): runs[d.name] = d
     done = [d for d in runs.values() if (d/"result.json").exists()]
     if not done: raise UadError(f"{', '.join(map(str, folders))}: holds no finished evaluation: run `uad run`, `uad demo` or `uad evaluate`")
     evaluations, first = {d: read_json(d/"result.json", RESULT) for d in done}, plans[0]["parameters"] if plans else {}
@@ -230,8 +239,8 @@ def gather(folders, title: str = "") -> Results:
     order = {Path(d).name: i for i, d in enumerate(d for p in plans for d in p["parameters"]["evaluate_dirs"])}
     done.sort(key=lambda d: (order.get(d.name, len(order)), d.name))
     judged = [(d, e) for d, e in ((d, evaluations[d]["parameters"]) for d in done) if e.get("perfect")]
-    notes += [f"The perfect map is that of {a.get('label')}, fold {a['fold']}; for {b.get('label')} it would be another ({said})" for (_, a), (_, b) in zip(judged, judged[1:])
-              if (a["contrast"], a["fold"]) == (b["contrast"], b["fold"]) and (said := difference({k: v for k, v in a["score_config"].items() if k in POST}, {k: v for k, v in b["score_config"].items() if k in POST}))]
+    notes += [f"The perfect map is that of {a.get('label')}, fold {a['fold']}; for {b.get('label')} it would be another ({said})" for _, b in judged for a in [next(q for _, q in judged if q["contrast"] == b["contrast"])]
+              if (said := difference({k: v for k, v in a["score_config"].items() if k in POST}, {k: v for k, v in b["score_config"].items() if k in POST}))]
     here = next((c for d in done for c in [d/(_places(d, evaluations[d])["cohort_dir"] or "-")] if (c/"cohort.json").is_file()), None)
     name = first.get("study") or evaluations[done[0]].get("study", "")
     return Results(title or first.get("title") or name, name, here, done, variants, list(dict.fromkeys(notes)))
@@ -290,13 +299,13 @@ def _invented_tables(best, folds, patients, rng) -> dict[str, list[dict]]:
         return (.3 - .12 * abs(float(score[5:]) - best[p]) if d is None else d) * (1 if p == "tumour" else .5)
     for fold, p, score in [(f, p, s) for f in range(folds) for p in best for s in names]:
         common, other = dict(model="ddpm", contrast="T2w", pathology=p, fold=fold, score=score), next(q for q in best if q != p)
-        t["pooled"].append(common | dict(threshold=.3, val_dice=.3, oracle_threshold=.3, oracle_pooled_dice=.3, healthy_threshold=.5, auprc_pooled=invent(p, score), prevalence=.02, n_val=2, n_test=patients))
+        t["pooled"].append(common | dict(threshold=.3, val_dice=.3, oracle_threshold=.3, oracle_pooled_dice=.3, healthy_threshold=.5, auprc_pooled=invent(p, score), prevalence=.02, chance=.025, n_val=2, n_test=patients))
         for i in range(patients):
             who, ml = dict(subject_id=f"{p}-{i}", patient_id=f"{p}-{i}"), float(np.exp(rng.normal(3 if p == "tumour" else 1, .8)))
             for rule, share in (rules | {f"val:{other}": .8}).items():
                 d = float(np.clip(share * invent(p, score) * (ml / (ml + 5)) * 1.3 + rng.normal(0, .03), 0, 1))
                 t["cases"].append(common | who | dict(threshold_from=rule, threshold=.3, dice=d, dice_released=d, auprc=invent(p, score), lesion_ml=ml, predicted_ml=8., false_ml=4.,
-                                                      lesions=2, lesions_found=1, lesions_false=3, lesion_f1=.33, lesion_f1_iou=.2))
+                                                      lesions=2, lesions_found=1, lesions_predicted=4, lesions_false=3, lesion_f1=.33, lesion_f1_iou=.2))
             for k, share in enumerate((.8, .2)):
                 covered = float(np.clip(ml * share / (ml * share + 2) * rng.uniform(.3, 1.2), 0, 1))
                 t["lesions"].append(common | who | dict(threshold_from="val", lesion=k, lesion_ml=ml * share, covered=covered, found=covered > .2, iou=covered / 2))

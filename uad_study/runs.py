@@ -376,7 +376,7 @@ def write_run(out, run: Run, study: Study, device: str):
     folder, cohort = Path(out)/run.folder, _cohort(out, run.needs)
     try: old = read_json(folder/"run.json", RUN).get("cohort", cohort)
     except UadError: old = cohort
-    if old != cohort:
+    if old not in (None, cohort):
         aside = folder.with_name(f"{folder.name}-cohort-{str(old)[-6:]}")
         shutil.rmtree(aside, ignore_errors=True); folder.rename(aside)
     write_json(folder/"run.json", dict(stage=run.stage, label=run.label, key=run.key, study=study.name, parameters=run.parameters, device=device, cohort=cohort), RUN)
@@ -505,6 +505,7 @@ def run_study(study: Study, out, data_dir=None, on_event=None) -> list[str]:
     device, slots, threads = resolve_engine(study.engine, sum(r.stage == "train" for r in runs))
     with out_folder(out) as out:
         if data_dir: os.environ["UAD_DATA"] = str(Path(data_dir).resolve())
+        if not done(out, runs[-1]): write_run(out, runs[-1], study, device)                    # what is planned is known from now on
         finished, failed, running, waiting, lost, restored = set(), {}, {}, list(runs), [], set()
         try:
             while waiting or running:

@@ -291,9 +291,9 @@ def table_lesions(results: Results) -> Table:
         g, kind = numbers.at(*key), "ens" * (key[3] == "ssim_ens")
         if not len(g) or "lesions" not in g or not g.lesions.sum() > 0:
             t.add(*first, *[no_number("no threshold" if not len(g) else "no lesion on the grid" if "lesions" in g and g.lesions.notna().any() else "not counted")] * 6, kind=kind); continue
-        lesions, found, false = g[["lesions", "lesions_found", "lesions_false"]].sum()
+        lesions, found, predicted, false = g[["lesions", "lesions_found", "lesions_predicted", "lesions_false"]].sum()
         f1 = [number(100 * numbers.mean(*key, column=k), more=interval(*bootstrap_interval(numbers.patients(*key, column=k))), why="no lesion on the grid") for k in ("lesion_f1", "lesion_f1_iou")]
-        t.add(*first, f"{lesions / g.fold.nunique():g}", number(100 * found / lesions), number(100 * found / (found + false) if found + false else np.nan, why="nothing predicted"), number(g.lesions_false.mean()), *f1, kind=kind)
+        t.add(*first, f"{lesions / g.fold.nunique():g}", number(100 * found / lesions), number(100 * (predicted - false) / predicted if predicted else np.nan, why="nothing predicted"), number(g.lesions_false.mean()), *f1, kind=kind)
     t.notes.append("Found, precision and F1, touched: a lesion counts as found when any voxel of it is predicted; a predicted component that touches no lesion is false. F1, one to one: each lesion is matched to one "
                    "component, with an intersection over union of at least 0.1. Found and precision are over all lesions; F1 is the mean over patients. One component that covers the whole brain touches every lesion: read these columns beside Dice. Strengths of a semi-synthetic lesion count each.")
     return t
@@ -354,15 +354,16 @@ def table_thresholds(results: Results) -> Table:
     return t
 
 def table_auprc(results: Results) -> Table:
-    "Area under the precision-recall curve of pooled test voxels (mean over folds), in brackets the mean over patients of each volume's own; last the prevalence, which a coin reaches."
+    "Area under the precision-recall curve of pooled test voxels (mean over folds), in brackets the mean over patients of each volume's own; last what a map that is the same everywhere in the brain reaches, and the prevalence."
     numbers = Numbers(results)
-    t = Table("auprc", "AUPRC of pooled test voxels [mean over patients of each volume's own], and the prevalence: what a coin reaches.", ["model", "score", *(place_label(*place) for place in numbers.places)])
+    t = Table("auprc", "AUPRC of pooled test voxels [mean over patients of each volume's own], and what a map reaches that is the same everywhere in the brain.", ["model", "score", *(place_label(*place) for place in numbers.places)])
     for m in results.models:
         for s in score_order(results.rows(model=m).score):
             rows = {(p, c): numbers.table.get((m, c, p, s)) for p, c in numbers.places}
             cells = [number(g.auprc_pooled.mean(), ".3f", more=f"{g.auprc.mean():.3f}" if g.auprc.notna().any() else "", why="no lesion on the grid") if g is not None else no_number(numbers.why(m, c, p, s)) for (p, c), g in rows.items()]
             t.add(m, score_label(s), *cells, kind="ens" * (s == "ssim_ens"))
-    if results.models: t.add("a coin", "prevalence", *(number(results.rows(pathology=p, contrast=c).prevalence.mean(), ".3f") for p, c in numbers.places), kind="perfect")
+    for name, column in (("same everywhere", "chance"), ("lesion share", "prevalence")) if results.models else ():
+        t.add(name, "after post-processing" if column == "chance" else "prevalence", *(number(results.rows(pathology=p, contrast=c, model=results.models[0])[column].mean(), ".3f") for p, c in numbers.places), kind="perfect")
     return t
 
 # %% ../nbs/43_tables.ipynb #b705cbf4
@@ -429,16 +430,15 @@ def variant_effects(results: Results) -> pd.DataFrame:
     "What each variant changes: rows of label, base, says, pathology, score, n (patients), dice, and its paired difference to the base in Dice with a 95 % bootstrap interval (fractions)."
     rows, c = [], results.cases[results.cases.score.isin(MAIN)]
     def dice(model, p, score, rule):
-        return per_patient(c[(c.model == model) & (c.pathology == p) & (c.score == score) & (c.threshold_from == rule)])
+        return c[(c.model == model) & (c.pathology == p) & (c.score == score) & (c.threshold_from == rule)].groupby(["patient_id", "contrast", "fold"], sort=False).dice.mean()
     for label, v in results.variants.items():
         for p in results.pathologies:
             for score in MAIN:
                 rule = headline_rule(c[(c.model == v["base"]) & (c.pathology == p) & (c.score == score)].threshold_from)       # both under the base's
-                base = dice(v["base"], p, score, rule)
-                pair = pd.concat([dice(label, p, score, rule), base], axis=1, join="inner").to_numpy()
+                pair = pd.concat([dice(label, p, score, rule), dice(v["base"], p, score, rule)], axis=1, join="inner").dropna().groupby("patient_id").mean().to_numpy()
                 if not len(pair): continue
                 lo, hi = bootstrap_interval(pair[:, 0] - pair[:, 1])
-                rows.append((label, v["base"], v["says"], p, score, len(pair), pair[:, 0].mean(), base.mean(), (pair[:, 0] - pair[:, 1]).mean(), lo, hi))
+                rows.append((label, v["base"], v["says"], p, score, len(pair), pair[:, 0].mean(), pair[:, 1].mean(), (pair[:, 0] - pair[:, 1]).mean(), lo, hi))
     return pd.DataFrame(rows, columns=["label", "base", "says", "pathology", "score", "n", "dice", "base_dice", "difference", "lo", "hi"])
 
 def table_variants(results: Results) -> Table:
@@ -504,11 +504,11 @@ def _about_training(results: Results) -> list[str]:
 def _about_scores(results: Results, numbers: Numbers) -> list[str]:
     "Cautions about maps that say nothing, and about a ceiling that nothing can pass."
     notes, own = [], {k: g for k, g in numbers.table.items() if k[0] in results.models and g.prevalence.mean() > 0}
-    constant = [k for k, g in own.items() if k[3] != "ssim_val" and np.isclose(g.auprc_pooled.mean(), g.prevalence.mean(), rtol=1e-6)]
-    if constant: notes.append(f"The same value everywhere, or as good as (AUPRC equal to the prevalence): {_some(f'{score_label(s)} of {m} on {_on(p, c, numbers)}' for m, c, p, s in constant)}. Such a map says nothing.")
-    chance = [(k, g.auprc_pooled.mean(), g.prevalence.mean()) for k, g in own.items() if k[3] in MAIN and k not in constant]
-    if chance := [f"{score_label(s)} of {m} on {_on(p, c, numbers)} ({a:.3f} at a prevalence of {q:.3f})" for (m, c, p, s), a, q in chance if a < 1.5 * q]:
-        notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times the prevalence): {'; '.join(chance)}. Such maps mark most of the brain; a difference between them means nothing.")
+    constant = [k for k, g in own.items() if k[3] != "ssim_val" and np.isclose(g.auprc_pooled.mean(), g.chance.mean(), rtol=1e-6)]
+    if constant: notes.append(f"The same value everywhere, or as good as (AUPRC that of a flat map): {_some(f'{score_label(s)} of {m} on {_on(p, c, numbers)}' for m, c, p, s in constant)}. Such a map says nothing.")
+    chance = [(k, g.auprc_pooled.mean(), g.chance.mean()) for k, g in own.items() if k[3] in MAIN and k not in constant]
+    if chance := [f"{score_label(s)} of {m} on {_on(p, c, numbers)} ({a:.3f} where a map that is the same everywhere has {q:.3f})" for (m, c, p, s), a, q in chance if a < 1.5 * q]:
+        notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times that of a map that is the same everywhere): {'; '.join(chance)}. Such maps mark most of the brain; a difference between them means nothing.")
     dice, useless = (lambda *k: numbers.table[k].dice.mean() if k in numbers.table else np.nan), []
     for m, (p, c) in [(m, place) for m in results.models for place in numbers.places]:
         plain = np.nanmax([dice(m, c, p, k) for k in PLAIN] + [-1])
