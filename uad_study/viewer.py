@@ -319,7 +319,7 @@ function render({model, el}) {
     });
   };
   const click = e => { const v = voxel(e); if (v && down && Math.hypot(e.clientX - down[0], e.clientY - down[1]) < 4) model.send({at: v.ijk}); };
-  let timer; const resized = new ResizeObserver(([x]) => { clearTimeout(timer); timer = setTimeout(() => { const w = Math.floor(x.contentRect.width); if (w > 300) { model.set('width', w); model.save_changes(); } }, 60); });
+  let timer; const resized = new ResizeObserver(([x]) => { clearTimeout(timer); timer = setTimeout(() => { const w = Math.floor(x.contentRect.width) - 12; if (w > 300) { model.set('width', w); model.save_changes(); } }, 60); });
   const listen = [[window, 'keydown', keydown, true], [window, 'pointerdown', pointerdown, true], [window, 'pointermove', move, false], [window, 'pointerup', click, true]];
   requestAnimationFrame(function ready() { const r = root(); if (!r) return requestAnimationFrame(ready); r.tabIndex = 0; resized.observe(r); });
   listen.forEach(([t, k, f, c]) => t.addEventListener(k, f, c));
@@ -343,7 +343,7 @@ _CSS = """
 .uad-inspector .js-plotly-plot .shapelayer path, .uad-inspector .js-plotly-plot .ticks { stroke: var(--jp-ui-font-color1, currentColor) !important; }
 .uad-inspector .js-plotly-plot .nsewdrag { cursor: crosshair; }
 .uad-text { line-height: 1.5; } .uad-text .widget-html-content { line-height: 1.5; font-size: 14px; overflow-wrap: anywhere; }
-.uad-text b { font-size: 19px; font-weight: 600; margin-right: 14px; } .uad-text span { margin-right: 14px; white-space: nowrap; } .uad-text small { color: var(--jp-ui-font-color2, inherit); font-size: 12.5px; white-space: normal; }
+.uad-text b { font-size: 19px; font-weight: 600; margin-right: 14px; white-space: nowrap; } .uad-text span { margin-right: 14px; white-space: nowrap; } .uad-text small { color: var(--jp-ui-font-color2, inherit); font-size: 12.5px; white-space: normal; }
 .uad-readout { white-space: pre-wrap; font: 12.5px/20px var(--jp-code-font-family, monospace); color: var(--jp-ui-font-color2, currentColor); min-height: 20px; display: inline-block; }
 .uad-ring { position: absolute; width: 9px; height: 9px; margin: -6px 0 0 -6px; border: 1.5px solid #fff; border-radius: 50%; box-shadow: 0 0 0 1px #000; pointer-events: none; z-index: 3; }
 """
@@ -363,15 +363,15 @@ def _uri(pixels: np.ndarray) -> str:
 
 PANELS = ("input", "reconstruction", "anomaly map", "result and truth")
 _BLANK = _uri(np.zeros((1, 1, 4), np.uint8))
-_INSIDE, _OUTSIDE, _NOW = "rgb(0,114,178)", "rgb(128,128,128)", "rgb(213,94,0)"
+_INSIDE, _OUTSIDE, _NOW = "rgb(30,136,229)", "rgb(128,128,128)", "rgb(213,94,0)"
 
 def _geometry(width: int, shape) -> dict:
     "Layout of the figure: pictures of `shape` (rows, columns) in a row, the charts beneath, in paper coordinates of a figure `width` pixels wide."
-    gap, head, between, chart, foot = 10, 26, 44, 190, 44
+    gap, head, between, chart, foot = 10, 26, 36, 190, 44
     w = min((width - 3 * gap - 8) / 4, 430); h = w * shape[0] / shape[1]
     total, wide = head + h + between + chart + foot, 4 * w + 3 * gap
     y = lambda top, height: [1 - (top + height) / total, 1 - top / total]
-    out = dict(width=int(wide) + 8, height=int(total))
+    out = dict(width=round(wide), height=round(total))
     for i in range(4):
         n, a = "" if not i else str(i + 1), i * (w + gap)
         out |= {f"xaxis{n}_domain": [a / wide, (a + w) / wide], f"yaxis{n}_domain": y(head, h), f"xaxis{n}_range": [-.5, shape[1] - .5], f"yaxis{n}_range": [shape[0] - .5, -.5],
@@ -379,7 +379,7 @@ def _geometry(width: int, shape) -> dict:
     left = 58
     for n, a, b in ((5, left, wide / 2 - gap), (6, wide / 2 + left, wide - 4)):
         out |= {f"xaxis{n}_domain": [a / wide, b / wide], f"yaxis{n}_domain": y(head + h + between, chart)}
-        out |= {f"annotations[{n - 1}].x": a / wide, f"annotations[{n - 1}].y": 1 - (head + h + between - 4) / total, f"legend{'' if n == 5 else 2}.x": b / wide, f"legend{'' if n == 5 else 2}.y": 1 - (head + h + between - 2) / total}
+        out |= {f"legend{'' if n == 5 else 2}.x": b / wide, f"legend{'' if n == 5 else 2}.y": 1 - (head + h + between - 2) / total}
     return out
 
 def _figure():
@@ -389,18 +389,18 @@ def _figure():
     fig = go.FigureWidget([go.Scatter(x=[None], y=[None], showlegend=False, hoverinfo="skip", **pair(i)) for i in (1, 2, 3, 4)])
     line = lambda name, at, colour, **kw: go.Scatter(x=[], y=[], name=name, line=dict(color=colour, width=2) | kw.pop("line", {}), **pair(at), **kw)
     step = dict(mode="lines", fill="tozeroy", hovertemplate="%{x:.3f}: %{y:.2%}")
-    fig.add_traces([line("outside", 5, _OUTSIDE, line=dict(shape="hv", width=1), fillcolor="rgba(128,128,128,.35)", **step), line("in the lesion", 5, _INSIDE, line=dict(shape="hv", width=1), fillcolor="rgba(0,114,178,.45)", **step),
+    fig.add_traces([line("outside", 5, _OUTSIDE, line=dict(shape="hv", width=1), fillcolor="rgba(128,128,128,.35)", **step), line("in the lesion", 5, _INSIDE, line=dict(shape="hv", width=1), fillcolor="rgba(30,136,229,.45)", **step),
                     line("SSIM at sigma", 6, _INSIDE, mode="lines+markers", marker=dict(size=6), legend="legend2"), line("SSIM-ens", 6, f"rgb{FOUND}", mode="lines", legend="legend2"),
                     line("l1", 6, f"rgb{FALSE}", mode="lines", line=dict(dash="dash"), legend="legend2"), line("now", 6, _NOW, mode="markers", marker=dict(size=13, symbol="diamond", line=dict(width=1, color="white")), legend="legend2")])
     axis = dict(showgrid=True, zeroline=False, ticks="outside", ticklen=4, fixedrange=True, automargin=False, title=dict(standoff=6, font=dict(size=12)), tickfont=dict(size=11))
     hidden, legend = dict(visible=False, fixedrange=True), dict(orientation="h", xanchor="right", yanchor="bottom", font=dict(size=12), bgcolor="rgba(0,0,0,0)", itemclick=False, itemdoubleclick=False)
-    title = lambda text, anchor: dict(text=text, xref="paper", yref="paper", xanchor=anchor, yanchor="bottom", showarrow=False, font=dict(size=13))
+    title = lambda text: dict(text=text, xref="paper", yref="paper", xanchor="center", yanchor="bottom", showarrow=False, font=dict(size=13))
     fig.update_layout(margin=dict(l=0, r=0, t=0, b=0), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color="#808080"), dragmode=False, hovermode="closest", legend=legend, legend2=legend,
         images=[dict(source=_BLANK, xref=pair(i)["xaxis"], yref=pair(i)["yaxis"], x=-.5, y=-.5, sizex=96, sizey=96, sizing="stretch", layer="below") for i in (1, 2, 3, 4)],
-        annotations=[title(n, "center") for n in PANELS] + [title("", "left"), title("", "left")],
+        annotations=[title(n) for n in PANELS],
         shapes=[dict(type="line", xref="x5", yref="y5 domain", x0=0, x1=0, y0=0, y1=1, line=dict(width=2, dash="dash"))],
-        **{f"{a}axis{n}": hidden for a in "xy" for n in ("", 2, 3, 4)}, xaxis5=axis | dict(anchor="y5"), yaxis5=axis | dict(anchor="x5", type="log", range=[-5, 0], dtick=1, tickformat="~%", title_text="share of voxels"),
-        xaxis6=axis | dict(anchor="y6", title_text="sigma, voxels", range=[.2, 2.6]), yaxis6=axis | dict(anchor="x6", rangemode="tozero"))
+        **{f"{a}axis{n}": hidden for a in "xy" for n in ("", 2, 3, 4)}, xaxis5=axis | dict(anchor="y5", type="linear"), yaxis5=axis | dict(anchor="x5", type="log", range=[-5, 0], dtick=1, tickformat="~%", title_text="share of voxels"),
+        xaxis6=axis | dict(anchor="y6", type="linear", range=[.2, 2.6]), yaxis6=axis | dict(anchor="x6", type="linear"))
     fig._config = fig._config | dict(displayModeBar=False)
     return fig
 
@@ -410,21 +410,22 @@ class _Controls:
     def _build(self):
         import ipywidgets as w
         self._quiet = False
-        base = dict(style={"description_width": "76px"}, layout=w.Layout(width="310px"))
+        base = dict(style={"description_width": "72px"}, layout=w.Layout(width="330px"))
         slider = lambda kind, **kw: kind(continuous_update=True, **base | kw)
         self.contrast, self.name, self.fold, self.row = (w.Dropdown(description=d, **base) for d in ("contrast", "model", "fold", "subject"))
-        self.plane = w.ToggleButtons(options=list(PLANES), description="plane", style={"description_width": "76px", "button_width": "72px"}, layout=w.Layout(width="310px"))
+        self.plane = w.ToggleButtons(options=list(PLANES), style={"button_width": "74px"}, layout=w.Layout(width="auto"))
         self.slice = slider(w.IntSlider, min=0, max=1, description="slice")
         self.score, self.rule = (w.Dropdown(description=d, **base) for d in ("score", "threshold"))
         self.sigma = slider(w.FloatSlider, min=.3, max=2.5, step=.05, description="sigma", readout_format=".2f")
         self.threshold = slider(w.FloatSlider, min=0, max=1, step=.005, description="free", readout_format=".3f")
-        self.post = w.Checkbox(description="post-processing", indent=False, layout=w.Layout(width="auto", margin="2px 0 2px 80px"))
+        self.post = w.Checkbox(description="post-processing", indent=False, layout=w.Layout(width="auto", margin="2px 0 2px 82px"))
         self.text, self.reader, self.figure = w.HTML(), _Reader(), _figure()
         self.controls = {k: getattr(self, k) for k in ("contrast", "name", "fold", "row", "plane", "slice", "score", "sigma", "rule", "threshold", "post")}
         for k, c in self.controls.items():
             c.add_class(f"uad-{k}"); c.observe(lambda change, k=k: self._changed(k, change["new"]), "value")
         self.text.add_class("uad-text")
-        groups = w.HBox([w.VBox([self.contrast, self.name, self.fold]), w.VBox([self.row, self.plane, self.slice]), w.VBox([self.score, self.sigma, self.post]), w.VBox([self.rule, self.threshold])])
+        plane = w.HBox([w.Label("plane", layout=w.Layout(width="72px", display="flex", justify_content="flex-end", margin="2px 8px 2px 2px")), self.plane])
+        groups = w.HBox([w.VBox([self.contrast, self.name, self.fold, self.row]), w.VBox([plane, self.slice, self.score, self.sigma]), w.VBox([self.rule, self.threshold, self.post])])
         self.widget = w.VBox([groups, self.text, self.reader, self.figure])
         groups.add_class("uad-controls"); self.widget.add_class("uad-inspector")
         self.reader.observe(lambda _: self._layout(), "width"); self.reader.on_msg(lambda _, m, __: self._heard(m))
@@ -439,7 +440,9 @@ class _Controls:
                        score=[("SSIM at sigma" if n == "ssim" else score_label(n), n) for n in m.scores], rule=[(rule_label(r, m.healthy_ml), r) for r in v.rules(s)])
         threshold, depth = v.threshold(s), v.cohort.images.shape[1 + "xyz".index(PLANES[s.plane])]
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
-        values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=threshold if threshold == threshold else s.threshold, post=s.post)
+        step = 10. ** (int(np.floor(np.log10(top))) - 3)
+        self._given = round((threshold if threshold == threshold else s.threshold) / step) * step                               # on the slider's grid: the browser would move it there, and say so
+        values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=self._given, post=s.post)
         self._quiet = True
         try:
             for k, options in choices.items():
@@ -447,10 +450,11 @@ class _Controls:
                 if list(self.controls[k].options) != options: self.controls[k].options = options
             for k in ("contrast", "name", "fold"): self.controls[k].disabled = len(self.controls[k].options) < 2
             self.sigma.disabled = "ssim" not in m.scores
-            if self.slice.max != depth - 1: self.slice.max = depth - 1
-            if self.threshold.max != top: self.threshold.max, self.threshold.step = top, top / 400
-            for k, value in values.items():
-                if self.controls[k].value != value: self.controls[k].value = value
+            with self.slice.hold_sync(), self.threshold.hold_sync():
+                if self.slice.max != depth - 1: self.slice.max = depth - 1
+                if self.threshold.max != top: self.threshold.max, self.threshold.step = top, step
+                for k, value in values.items():
+                    if self.controls[k].value != value: self.controls[k].value = value
         finally: self._quiet = False
 
     def _changed(self, k: str, value):
@@ -461,7 +465,8 @@ class _Controls:
         elif k == "row": self._visit(row=value)
         elif k == "slice": self._go(replace(s, **{PLANES[s.plane]: value}))
         elif k == "sigma": self._go(replace(s, sigma=round(value, 3), score="ssim"))
-        elif k == "threshold": self._go(replace(s, threshold=value, rule="free"))
+        elif k == "threshold":
+            if abs(value - self._given) > .1 * self.threshold.step: self._go(replace(s, threshold=value, rule="free"))             # less is an echo
         elif k == "rule": self._go(replace(s, rule=value, threshold=t if value == "free" and (t := v.threshold(s)) == t else s.threshold))
         else: self._go(replace(s, **{k: value}))
 
@@ -510,6 +515,7 @@ class Inspector(_Controls):
         with self.figure.batch_update():
             self._layout()
             for i, n in enumerate(PANELS): self._send(f"images[{i}].source", _uri(panels[n]) if n in panels else _BLANK)
+            self._send("annotations[0].text", "P \u2190 input \u2192 A" if s.plane == "sagittal" else "L \u2190 input \u2192 R")
             self._send("annotations[1].text", PANELS[1] if "reconstruction" in panels else "gives maps, no reconstruction")
             self._send("annotations[2].text", f"anomaly map, 0 to {v.top(s):.2g}")
             self._histogram(); self._curve()
@@ -544,7 +550,7 @@ class Inspector(_Controls):
             self._sent["histogram"], h = key, v.histogram(s)
             for trace, k in zip(self.figure.data[4:6], ("outside", "inside")): trace.update(x=h["edges"], y=np.maximum(np.append(h[k], h[k][-1]), low) if h[k].any() else [])
             self._send("xaxis5.range", [0, float(h["edges"][-1])])
-            self._send("annotations[4].text", f"{score_label(s.score) if s.score != 'ssim' else f'SSIM, sigma {s.sigma:.2f}'} in the brain")
+            self._send("xaxis5.title.text", f"{score_label(s.score) if s.score != 'ssim' else f'SSIM, sigma {s.sigma:.2f}'} of the voxels in the brain")
         for k in ("x0", "x1"): self._send(f"shapes[0].{k}", threshold if np.isfinite(threshold) else 0.)
         self._send("shapes[0].visible", bool(np.isfinite(threshold)))
 
@@ -552,19 +558,19 @@ class Inspector(_Controls):
         "The chart over the scales, as far as its numbers are known: Dice, or, without a lesion, false alarms."
         s, v = self.state, self.view
         lesion = bool(v.case(s)[3].any())
-        of = lambda n: np.nan if n is None else n["dice" if lesion else "false_ml"]
-        known = {k: of(v.known(q)) for k, q in v.curve(s).items()}
+        what = "dice" if lesion else "false_ml"
+        known = {k: n[what] for k, q in v.curve(s).items() if (n := v.known(q))}
         single = {sigma_of(k): y for k, y in known.items() if sigma_of(k)}
-        flat = lambda y: ([.2, 2.6], [y, y]) if y == y else ([], [])
-        now = ([s.sigma], [of(v.numbers(s))]) if s.score == "ssim" else ([], [])
-        series = [(list(single), list(single.values())), flat(known.get("ssim_ens", np.nan)), flat(known.get("l1", np.nan)), now]
+        flat = lambda k: ([.2, 2.6], [known[k]] * 2) if k in known else ([], [])
+        now = ([s.sigma], [v.numbers(s)[what]]) if s.score == "ssim" else ([], [])
+        series = [(list(single), list(single.values())), flat("ssim_ens"), flat("l1"), now]
         if self._sent.get("curve") != repr(series):
             self._sent["curve"] = repr(series)
             for trace, (x, y) in zip(self.figure.data[6:], series): trace.update(x=x, y=y)
-            top = max([y for _, ys in series for y in ys if y == y], default=0) or 1
-            self._send("yaxis6.range", [0, top * 1.15]); self._send("yaxis6.title.text", "Dice" if lesion else "false alarms, mL")
+            top = max([y for _, ys in series for y in ys], default=0) or 1
+            self._send("yaxis6.range", [0, top * 1.15]); self._send("yaxis6.title.text", "Dice of this subject" if lesion else "false alarms, mL")
         rule = rule_label(v.rule(next(iter(v.curve(s).values()), s)), v.models[s.model].healthy_ml)
-        self._send("annotations[5].text", f"{'Dice' if lesion else 'False alarms'} of this subject" + (f" (threshold: {rule})" if self.reader.width > 1300 else ""))
+        self._send("xaxis6.title.text", f"sigma, voxels (threshold: {rule})")
 
     def _later(self):
         "Compute what the chart over the scales lacks, a point at a time between other events; at once where no event loop runs."
