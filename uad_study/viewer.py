@@ -599,7 +599,7 @@ class Inspector(_Controls):
         if s.rule not in (rule, "free"): t += f" (there is none: {rule_label(s.rule, m.healthy_ml)})"
         if not s.post and rule != "free": t += "; found with post-processing"
         notes = "".join(f"<br><small>Not all is here: {_plain(x)}</small>" for x in self.notes[:3])
-        return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL in {n['lesions_false']}</span>{key}</div><small>{t}</small>{notes}"
+        return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL</span><span>{n['lesions_false']} separate false alarm{'s' * (n['lesions_false'] != 1)}</span>{key}</div><small>{t}</small>{notes}"
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
@@ -622,5 +622,6 @@ def inspect(out=None) -> Inspector:
         results = gather([out if out is not None else find_results()])
         return Inspector(View(results.cohort, restored_models(results)), notes=results.notes)
     except UadError as e:
-        e._render_traceback_ = lambda: [f"error: {e}"]
+        line = f"error: {e}"
+        e._render_traceback_ = lambda: [line]
         raise
