@@ -1,5 +1,7 @@
 "The inspector as a person uses it: JupyterLab, Debian's Chromium, keys and clicks."
 import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
+from importlib.resources import files
 import pytest
 from uad_study.cohort import Cohort
 from uad_study.core import UadError
@@ -13,16 +15,14 @@ def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def lab(tiny_out, tmp_path_factory):
-    "JupyterLab on the tiny study's folder, with the notebook that `uad explore` puts there."
-    from importlib.resources import files
-    folder, home = tiny_out, tmp_path_factory.mktemp("jupyter")
+@contextmanager
+def jupyterlab(folder, home, theme="Light"):
+    "JupyterLab on `folder`, its own settings in `home`; gives its address. The notebook that `uad explore` puts there is copied."
     shutil.copyfile(files("uad_study")/"explore.ipynb", folder/"explore.ipynb")
     settings = home/"settings"/"@jupyterlab"/"apputils-extension"; settings.mkdir(parents=True)
-    (settings/"notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    for name, values in (("notification", {"fetchNews": "false", "checkForUpdates": False}), ("themes", {"theme": f"JupyterLab {theme}"})): (settings/f"{name}.jupyterlab-settings").write_text(json.dumps(values))
     port = free_port()
-    env = os.environ | {f"JUPYTER_{k}": str(home/k.lower()) for k in ("CONFIG_DIR", "RUNTIME_DIR", "DATA_DIR")} | {"JUPYTERLAB_SETTINGS_DIR": str(home/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home/"work"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {f"JUPYTER_{k}": str(home/k.lower()) for k in ("CONFIG_DIR", "RUNTIME_DIR", "DATA_DIR")} | {"JUPYTERLAB_SETTINGS_DIR": str(home/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home/"work")}
     log = open(home/"log.txt", "wb")
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
                                "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"], cwd=folder, env=env, stdout=log, stderr=log)
@@ -30,7 +30,7 @@ def lab(tiny_out, tmp_path_factory):
         for _ in range(240):
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2); break
             except OSError: time.sleep(.25)
-        else: pytest.fail((home/"log.txt").read_text()[-2000:])
+        else: raise AssertionError((home/"log.txt").read_text()[-2000:])
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -38,14 +38,14 @@ def lab(tiny_out, tmp_path_factory):
         except subprocess.TimeoutExpired: server.kill()
 
 
-@pytest.fixture
-def browser(lab):
-    "A function (folder) that opens the notebook there in JupyterLab and runs it; its page's `errors` and `elsewhere` collect what must stay empty."
+@contextmanager
+def chromium_on(lab):
+    "A function (folder, width, height) that opens the notebook there in JupyterLab and runs it; its page's `errors` and `elsewhere` collect what must stay empty."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args="--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync".split())
-        def opened(folder=""):
-            page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+        def opened(folder="", width=1280, height=1000):
+            page = chromium.new_page(viewport={"width": width, "height": height})
             page.errors, page.elsewhere = [], []
             page.on("pageerror", lambda e: page.errors.append(str(e)))
             page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" and "favicon" not in m.text else None)
@@ -56,6 +56,21 @@ def browser(lab):
             return page
         yield opened
         chromium.close()
+
+
+def wait_for_inspector(page):
+    "Wait until pictures, numbers and both charts are there."
+    page.wait_for_function(f"() => {{ const s = ({SEEN})(); return s.length === 4 && new Set(s).size === 4 && {NUMBERS}.includes('Dice') && document.querySelectorAll('.uad-inspector [class^=legend][class$=text]').length >= 5 }}", timeout=90_000)
+
+
+@pytest.fixture(scope="module")
+def lab(tiny_out, tmp_path_factory):
+    with jupyterlab(tiny_out, tmp_path_factory.mktemp("jupyter")) as address: yield address
+
+
+@pytest.fixture
+def browser(lab):
+    with chromium_on(lab) as opened: yield opened
 
 
 SEEN = "() => [...document.querySelectorAll('.uad-inspector image')].map(i => i.getAttribute('href') || i.getAttribute('xlink:href'))"
@@ -82,10 +97,9 @@ class Look:
 
 def test_inspector_in_the_browser(browser, tiny_out):
     page = browser()
-    page.wait_for_function(f"() => {{ const s = ({SEEN})(); return s.length === 4 && new Set(s).size === 4 && {NUMBERS}.includes('Dice') && document.querySelectorAll('.uad-inspector [class^=legend][class$=text]').length >= 5 }}", timeout=60_000)
+    wait_for_inspector(page)
     look, keys = Look(page), page.keyboard
     handle = lambda name: page.locator(f".uad-{name} .noUi-handle")
-    if shot := os.environ.get("UAD_SCREENSHOT"): page.screenshot(path=shot)
     chart = lambda n: page.evaluate(f"() => [...document.querySelectorAll('.uad-inspector .x{n}y{n} .js-line, .uad-inspector .x{n}y{n} .point')].map(p => [p.getAttribute('d'), p.getAttribute('transform')]).join()")
     bars, dices = chart(5), chart(6)
 
@@ -105,7 +119,7 @@ def test_inspector_in_the_browser(browser, tiny_out):
     look.after(lambda: keys.press("PageDown"), [0, 1, 2, 3], words=True); assert look.chosen("row") != who
     look.after(lambda: keys.press("PageUp"), [0, 1, 2, 3], words=True); assert (look.chosen("row"), look.value("slice"), look.pictures) == (who, z - 1, there)
 
-    look.after(lambda: page.select_option(".uad-rule select", label="free"), [], until="true")                          # free: where it stood; then it moves
+    look.after(lambda: page.select_option(".uad-rule select", index=3), [3], words=True); assert "healthy, 5 % of voxels" in look.words     # another threshold: another result, the same map
     handle("threshold").focus(); t = look.value("threshold")
     look.after(lambda: [keys.press("ArrowLeft") for _ in range(40)], [3], words=True, until=f"document.querySelector('.uad-threshold .widget-readout').innerText <= {t - .035}")
     look.after(lambda: page.uncheck(".uad-post input"), [2, 3], words=True)

@@ -110,8 +110,8 @@ def restored_models(results: Results) -> list[Restored]:
     return models
 
 # %% ../nbs/50_viewer.ipynb #578800d0
-class _View:
-    "Which states there are."
+class _Kept:
+    "What was computed last, and which states there are."
     def __init__(self, cohort: Cohort, models: list[Restored], keep: int = 64):
         self.cohort, self.models, self._sizes = cohort, models, {"map": keep, "raw": 3, "number": 4000}
         self._kept = {k: OrderedDict() for k in self._sizes}
@@ -139,17 +139,6 @@ class _View:
         x, y, z = (int(lesion.sum(tuple({0, 1, 2} - {a})).argmax()) if lesion.any() else lesion.shape[a] // 2 for a in range(3))
         return replace(s, row=int(row), x=x, y=y, z=z)
 
-    def rules(self, s: ViewState) -> list[str]:
-        "The threshold rules that the study has for the subject and score of a state, and 'free'."
-        known = {r for score in self._judged(s) for r in self._known(s, score)}
-        order = lambda r: (["val", "healthy"].index(r.partition(":")[0]), ":" in r, float(r[8:-1]) if r.startswith("healthy:") else 0, r)
-        return sorted(sorted(known, key=order), key=lambda r: r.startswith("val:")) + ["free"]
-
-    def rule(self, s: ViewState) -> str:
-        "The rule that a state's threshold comes from: `s.rule` where the subject has it (a healthy subject has none of its own pathology), else the headline's."
-        own = "val" if s.rule == f"val:{self.cohort.table.pathology[s.row]}" else s.rule
-        return own if own in (rules := self.rules(s)) else headline_rule(rules) or "free"
-
     def settle(self, s: ViewState) -> ViewState:
         "The nearest state that exists: a row and score that the model has, a voxel inside the volume."
         model = min(max(s.model, 0), len(self.models) - 1)
@@ -164,6 +153,20 @@ class _View:
         m, order = self.models[model], ("contrast", "name", "fold")
         fits = [i for i, o in enumerate(self.models) if all(getattr(o, k) == v for k, v in wanted.items())]
         return max(fits, key=lambda i: [getattr(self.models[i], k) == getattr(m, k) for k in order], default=model)
+
+# %% ../nbs/50_viewer.ipynb #5fbc03db
+class _Thresholds(_Kept):
+    "The threshold rules of a state."
+    def rules(self, s: ViewState) -> list[str]:
+        "The threshold rules that the study has for the subject and score of a state, and 'free'."
+        known = {r for score in self._judged(s) for r in self._known(s, score)}
+        order = lambda r: (["val", "healthy"].index(r.partition(":")[0]), ":" in r, float(r[8:-1]) if r.startswith("healthy:") else 0, r)
+        return sorted(sorted(known, key=order), key=lambda r: r.startswith("val:")) + ["free"]
+
+    def rule(self, s: ViewState) -> str:
+        "The rule that a state's threshold comes from: `s.rule` where the subject has it (a healthy subject has none of its own pathology), else the headline's."
+        own = "val" if s.rule == f"val:{self.cohort.table.pathology[s.row]}" else s.rule
+        return own if own in (rules := self.rules(s)) else headline_rule(rules) or "free"
 
     def _judged(self, s: ViewState) -> list[str]:
         "The judged scores that give a state its threshold: its own, or those of the sigmas beside its own."
@@ -182,8 +185,8 @@ class _View:
         return float(np.interp(s.sigma, list(judged), list(judged.values())))
 
 # %% ../nbs/50_viewer.ipynb #5967bffe
-class View(_View):
-    "Pixels and numbers of a `ViewState`, with the maps of the last cases kept. `cohort`: the volumes; `models`: see `restored_models`; `keep`: how many maps."
+class _Volumes(_Thresholds):
+    "The volumes of a state."
     def case(self, s: ViewState) -> tuple:
         "(input, reconstruction, brain mask, lesion mask) of a state, each (H, W, D); the reconstruction is None for a method that gives maps."
         c, x_hat = self.cohort, self.models[s.model].volumes.get(s.row)
@@ -221,6 +224,9 @@ class View(_View):
             return np.asarray(components(predicted, self.models[s.model].min_voxels)) if s.post else predicted
         return self._memo("map", (*self._key(s), t), make)
 
+# %% ../nbs/50_viewer.ipynb #5839d231
+class View(_Volumes):
+    "Pixels and numbers of a `ViewState`, with the maps of the last cases kept. `cohort`: the volumes; `models`: see `restored_models`; `keep`: how many maps."
     def numbers(self, s: ViewState) -> dict:
         "Dice (NaN without a lesion), volumes in mL, lesions (components; found: any voxel of it) and the threshold of a state."
         def make():
@@ -441,7 +447,7 @@ class _Controls:
         threshold, depth = v.threshold(s), v.cohort.images.shape[1 + "xyz".index(PLANES[s.plane])]
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
         step = 10. ** (int(np.floor(np.log10(top))) - 3)
-        self._given = round((threshold if threshold == threshold else s.threshold) / step) * step                               # on the slider's grid: the browser would move it there, and say so
+        self._given = s.threshold if s.rule == "free" or threshold != threshold else round(threshold / step) * step             # on the slider's grid: the browser would move it there, and say so
         values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=self._given, post=s.post)
         self._quiet = True
         try:
@@ -457,6 +463,9 @@ class _Controls:
                     if self.controls[k].value != value: self.controls[k].value = value
         finally: self._quiet = False
 
+# %% ../nbs/50_viewer.ipynb #f7cc72cf
+class _Moves(_Controls):
+    "What happens when a control, a key or a click wants another state."
     def _changed(self, k: str, value):
         "A control has a new value."
         s, v = self.state, self.view
@@ -489,39 +498,9 @@ class _Controls:
                 rows = v.rows(s.model); self._visit(row=rows[(rows.index(self.state.row) + int(by)) % len(rows)])
         finally: self.reader.send({"done": True})
 
-# %% ../nbs/50_viewer.ipynb #f7cc72cf
-class Inspector(_Controls):
-    "Widgets over a `View`. Show it as a cell's value; `state` is what is looked at, `show(state)` moves there. `notes`: what is missing, in sentences."
-    def __init__(self, view: View, state: ViewState | None = None, notes=()):
-        self.view, self.notes, self._seen, self._sent, self._task = view, list(notes), {}, {}, None
-        self.state = view.settle(state) if state else view.first()
-        self._build(); self._go(self.state)
-
-    def show(self, state: ViewState):
-        "Move to `state`, or the nearest that exists, and bring the inspector into sight."
-        self._go(state); self.reader.send({"look": True})
-
-    def _go(self, state: ViewState):
-        "Controls, pictures, numbers and charts follow the state. An error is told in place of the numbers."
-        self.state = s = self.view.settle(state)
-        self._seen[self.view.cohort.table.subject_id[s.row]] = dict(plane=s.plane, x=s.x, y=s.y, z=s.z)
-        try: self._fill(); self._draw()
-        except UadError as e: self.text.value = f"<small>{_plain(str(e))}</small>"
-
-    def _draw(self):
-        "Send the browser what the state changes of the pictures, the readout, the numbers and the charts."
-        s, v = self.state, self.view
-        m, panels = v.models[s.model], v.panels(s)
-        with self.figure.batch_update():
-            self._layout()
-            for i, n in enumerate(PANELS): self._send(f"images[{i}].source", _uri(panels[n]) if n in panels else _BLANK)
-            self._send("annotations[0].text", "P \u2190 input \u2192 A" if s.plane == "sagittal" else "L \u2190 input \u2192 R")
-            self._send("annotations[1].text", PANELS[1] if "reconstruction" in panels else "gives maps, no reconstruction")
-            self._send("annotations[2].text", f"anomaly map, 0 to {v.top(s):.2g}")
-            self._histogram(); self._curve()
-        self._read(); self.text.value = self._words(v.numbers(s))
-        self._later()
-
+# %% ../nbs/50_viewer.ipynb #6b6d940a
+class _Drawing(_Moves):
+    "What the browser is sent."
     def _send(self, name: str, value):
         "Set a property of the figure's layout, such as 'images[0].source', if it is new."
         if self._sent.get(name) != value: self._sent[name] = value; self.figure.layout[name] = value
@@ -571,6 +550,39 @@ class Inspector(_Controls):
             self._send("yaxis6.range", [0, top * 1.15]); self._send("yaxis6.title.text", "Dice of this subject" if lesion else "false alarms, mL")
         rule = rule_label(v.rule(next(iter(v.curve(s).values()), s)), v.models[s.model].healthy_ml)
         self._send("xaxis6.title.text", f"sigma, voxels (threshold: {rule})")
+
+# %% ../nbs/50_viewer.ipynb #972d6926
+class Inspector(_Drawing):
+    "Widgets over a `View`. Show it as a cell's value; `state` is what is looked at, `show(state)` moves there. `notes`: what is missing, in sentences."
+    def __init__(self, view: View, state: ViewState | None = None, notes=()):
+        self.view, self.notes, self._seen, self._sent, self._task = view, list(notes), {}, {}, None
+        self.state = view.settle(state) if state else view.first()
+        self._build(); self._go(self.state)
+
+    def show(self, state: ViewState):
+        "Move to `state`, or the nearest that exists, and bring the inspector into sight."
+        self._go(state); self.reader.send({"look": True})
+
+    def _go(self, state: ViewState):
+        "Controls, pictures, numbers and charts follow the state. An error is told in place of the numbers."
+        self.state = s = self.view.settle(state)
+        self._seen[self.view.cohort.table.subject_id[s.row]] = dict(plane=s.plane, x=s.x, y=s.y, z=s.z)
+        try: self._fill(); self._draw()
+        except UadError as e: self.text.value = f"<small>{_plain(str(e))}</small>"
+
+    def _draw(self):
+        "Send the browser what the state changes of the pictures, the readout, the numbers and the charts."
+        s, v = self.state, self.view
+        m, panels = v.models[s.model], v.panels(s)
+        with self.figure.batch_update():
+            self._layout()
+            for i, n in enumerate(PANELS): self._send(f"images[{i}].source", _uri(panels[n]) if n in panels else _BLANK)
+            self._send("annotations[0].text", "P \u2190 input \u2192 A" if s.plane == "sagittal" else "L \u2190 input \u2192 R")
+            self._send("annotations[1].text", PANELS[1] if "reconstruction" in panels else "gives maps, no reconstruction")
+            self._send("annotations[2].text", f"anomaly map, 0 to {v.top(s):.2g}")
+            self._histogram(); self._curve()
+        self._read(); self.text.value = self._words(v.numbers(s))
+        self._later()
 
     def _later(self):
         "Compute what the chart over the scales lacks, a point at a time between other events; at once where no event loop runs."
