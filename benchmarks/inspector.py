@@ -53,7 +53,7 @@ def in_browser(out, n=24) -> list:
 
 
 def pictures(out):
-    for theme, name, width, height in (("Light", "inspector", 1280, 845), ("Dark", "inspector-dark", 1920, 1060)):
+    for theme, name, width, height in (("Light", "inspector", 1280, 1060), ("Dark", "inspector-dark", 1920, 1120)):
         with tempfile.TemporaryDirectory() as home, jupyterlab(Path(out), Path(home), theme) as lab, chromium_on(lab) as opened:
             page = opened(width=width, height=height); wait_for_inspector(page)
             page.select_option(".uad-contrast select", label="T2w"); time.sleep(4)

@@ -337,7 +337,7 @@ export default {render};
 
 # %% ../nbs/50_viewer.ipynb #ec98d4e8
 _CSS = """
-.uad-inspector { position: relative; width: 100%; outline: none; color: var(--jp-ui-font-color1, currentColor); overflow: hidden; }
+.uad-inspector { position: relative; padding-top: 4px; width: 100%; outline: none; color: var(--jp-ui-font-color1, currentColor); overflow: hidden; }
 .uad-inspector:focus-visible, .uad-inspector:focus { box-shadow: inset 2px 0 0 var(--jp-brand-color1, #2196f3); }
 .uad-inspector > * { margin-left: 8px; }
 .uad-controls { display: flex; flex-wrap: wrap; gap: 2px 20px; margin-bottom: 4px; }
@@ -611,7 +611,7 @@ class Inspector(_Drawing):
         if s.rule not in (rule, "free"): t += f" (there is none: {rule_label(s.rule, m.healthy_ml)})"
         if not s.post and rule != "free": t += "; found with post-processing"
         notes = "".join(f"<br><small>Not all is here: {_plain(x)}</small>" for x in self.notes[:3])
-        return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL</span><span>{n['lesions_false']} separate false alarm{'s' * (n['lesions_false'] != 1)}</span>{key}</div><small>{t}</small>{notes}"
+        return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL</span><span>{n['lesions_false']} separate false alarm{'s' * (n['lesions_false'] != 1)}</span></div><div>{key}<small>{t}</small></div>{notes}"
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
 
