@@ -181,7 +181,7 @@ def test_fault_folder_that_cannot_be_written(tmp_path, monkeypatch, tiny_yaml):
     (tmp_path/"report.html").write_text(""); (tmp_path/"old").mkdir(); (tmp_path/"old"/"run.json").write_text("{}")
     with monkeypatch.context() as m:
         m.setattr(shutil, "copyfile", refuse)
-        with pytest.raises(UadError, match="explore.ipynb: cannot be written: no permission"): cli.explore(tmp_path)
+        with pytest.raises(UadError, match="labs.ipynb: cannot be written: no permission"): cli.explore(tmp_path)
         m.setattr(shutil, "rmtree", refuse)
         with pytest.raises(UadError, match="old: cannot be written: no permission"): cli.clean(tmp_path, str(tiny_yaml), None, True)
 

@@ -269,3 +269,15 @@ def test_inspector_noise_levels_that_cannot_be_had(study):
     says("volumes")
     study.cohort = cohort
     with pytest.raises(UadError, match="unet"): labs.restored_at(study, "unet", 0)
+
+
+@pytest.mark.slow
+def test_inspector_labs_notebook_runs_on_a_study(tiny_out):
+    "Every bench of labs.ipynb on the tiny study, as a person would run it: no error, and a widget or a picture each."
+    import nbformat
+    from importlib.resources import files
+    from nbclient import NotebookClient
+    nb = nbformat.read(str(files("uad_study")/"labs.ipynb"), 4)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tiny_out)}}).execute()
+    shown = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs if {"application/vnd.jupyter.widget-view+json", "image/png"} & set(o.get("data", {}))]
+    assert len(shown) == 6 and not [o for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]

@@ -24,7 +24,7 @@ def test_wheel_works_elsewhere(tmp_path):
     r = call("run", "demo", "--dry-run")
     assert r.returncode == 0 and r.stdout.count("to do") == 6, r.stderr
     assert call("manifest", "check", "IXI", "--split", "published").returncode == 1
-    for name in ("experiments/train.ipynb", "studies/paper.yaml", "data_manifests/IXI.csv", "data_manifests/IXI.json", "explore.ipynb"): assert (site/"uad_study"/name).is_file(), name
+    for name in ("experiments/train.ipynb", "studies/paper.yaml", "data_manifests/IXI.csv", "data_manifests/IXI.json", "schemas/judgement-1.schema.json", "explore.ipynb", "labs.ipynb"): assert (site/"uad_study"/name).is_file(), name
 
 
 def test_help_is_quick():

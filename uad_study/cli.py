@@ -206,11 +206,12 @@ def explore(out: Annotated[Path, typer.Argument(help="A folder of results.")] = 
     import shutil
     from importlib.resources import as_file, files
     if not (Path(out)/"report.html").exists(): raise UadError(f"{out}: holds no finished study: run `uad demo` first")
-    with as_file(files("uad_study")/"explore.ipynb") as source:
-        notebook = Path(out)/"explore.ipynb"
-        try:
-            if not notebook.exists(): shutil.copyfile(source, notebook)
-        except OSError as e: raise os_error(notebook, e) from None
+    for name in ("labs.ipynb", "explore.ipynb"):
+        with as_file(files("uad_study")/name) as source:
+            notebook = Path(out)/name
+            try:
+                if not notebook.exists(): shutil.copyfile(source, notebook)
+            except OSError as e: raise os_error(notebook, e) from None
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(notebook)])
 
 # %% ../nbs/59_cli.ipynb #90c3d476
