@@ -118,6 +118,8 @@ def test_inspector_in_the_browser(browser, tiny_out):
     who, there = look.chosen("row"), look.pictures                                                                     # the next subject, and back to where one was
     look.after(lambda: keys.press("PageDown"), [0, 1, 2, 3], words=True); assert look.chosen("row") != who
     look.after(lambda: keys.press("PageUp"), [0, 1, 2, 3], words=True); assert (look.chosen("row"), look.value("slice"), look.pictures) == (who, z - 1, there)
+    look.after(lambda: page.select_option(".uad-row select", index=1), [0, 1, 2, 3], words=True); assert look.chosen("row") != who
+    look.after(lambda: page.select_option(".uad-row select", index=0), [0, 1, 2, 3], words=True); assert look.pictures == there
 
     look.after(lambda: page.select_option(".uad-rule select", index=3), [3], words=True); assert "healthy, 5 % of voxels" in look.words     # another threshold: another result, the same map
     handle("threshold").focus(); t = look.value("threshold")
