@@ -205,7 +205,7 @@ def explore(out: Annotated[Path, typer.Argument(help="A folder of results.")] = 
     "Open JupyterLab with a notebook to look at restorations and anomaly maps slice by slice."
     import shutil
     from importlib.resources import as_file, files
-    if not (Path(out)/"report.html").exists(): raise UadError(f"{out}: holds no finished study: run `uad demo` first")
+    if not list(Path(out).glob("evaluate-*/result.json")): raise UadError(f"{out}: holds no finished evaluation: run `uad demo` first")
     for name in ("labs.ipynb", "explore.ipynb"):
         with as_file(files("uad_study")/name) as source:
             notebook = Path(out)/name
