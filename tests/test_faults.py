@@ -178,7 +178,7 @@ def test_failed_scans_are_named_without_their_place(tmp_path, monkeypatch):
 def test_fault_folder_that_cannot_be_written(tmp_path, monkeypatch, tiny_yaml):
     "`uad explore` and `uad clean` where the system refuses (root may write anywhere: so the refusal is made up)."
     def refuse(*a, **k): raise PermissionError(errno.EACCES, "Permission denied")
-    (tmp_path/"report.html").write_text(""); (tmp_path/"old").mkdir(); (tmp_path/"old"/"run.json").write_text("{}")
+    for f in ("evaluate-x/result.json", "old/run.json"): (tmp_path/f).parent.mkdir(); (tmp_path/f).write_text("{}")
     with monkeypatch.context() as m:
         m.setattr(shutil, "copyfile", refuse)
         with pytest.raises(UadError, match="labs.ipynb: cannot be written: no permission"): cli.explore(tmp_path)
