@@ -50,7 +50,7 @@ def test_the_report_tells_variants_from_models(out):
     assert set(t.model) == {*LABELS, "perfect map"}
     assert r.models == LABELS[:2] and list(r.variants) == LABELS[2:]
     assert "What matters" in page and "scores.median 5 → 3; scores.masked False → True" in page and "restore.t_test 200 → 100" in page
-    main = page[page.index("Dice by score and pathology"):page.index("What matters")]
+    main = page[page.index("Dice by score and pathology</h2>"):page.index("What matters</h2>")]
     assert "007" in main and "t_test 100" not in main                       # variants stand in their own table
     assert {f.name for f in (out/"figures").iterdir()} >= {"variants-ddpm.png", "variants-007.png", "sigma-007.png", "maps-ddpm.png"}
     assert [m.label for m in restored_models(r)] == ["T2w ddpm", "T2w 007", "T2w ddpm, t_test 100", "T2w " + LABELS[4]]
