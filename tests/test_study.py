@@ -135,7 +135,7 @@ def instant(monkeypatch):
             write_json(folder/"cohort"/"cohort.json", dict(failed=list(lost)), FORMAT)
             results = dict(failed=len(lost), source=run.parameters["data_config"]["source"])
         if run.stage == "report":
-            for name in ("report.html", "table.csv", "cases.csv", "figures/a.png"): write_json(folder/run.parameters["out_dir"]/name, dict(title=run.parameters["title"]), "x")
+            for name in ("report.html", "interactive.html", "table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "figures/a.png", "tables/a.tex"): write_json(folder/run.parameters["out_dir"]/name, dict(title=run.parameters["title"]), "x")
         write_json(folder/"result.json", dict(key=run.key, cohort=json.loads((folder/"run.json").read_text())["cohort"], results=results), runs.RESULT)
         return Instant()
     monkeypatch.setattr(runs, "start_run", start)
@@ -148,7 +148,7 @@ def test_the_report_is_of_the_study_that_ran_last(instant, tmp_path):
     for name in "ab": (tmp_path/f"{name}.yaml").write_text(TINY.replace("A tiny study", f"Study {name}"))
     for name in "aba":
         runs.run_study(runs.read_study(tmp_path/f"{name}.yaml"), out)
-        for file in ("report.html", "table.csv", "cases.csv", "figures/a.png"): assert f"Study {name}" in (out/file).read_text()
+        for file in ("report.html", "interactive.html", "table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "figures/a.png", "tables/a.tex"): assert f"Study {name}" in (out/file).read_text()
         newest = max(out.glob("report-*/run.json"), key=lambda p: p.stat().st_mtime)          # what `uad report` takes
         assert json.loads(newest.read_text())["parameters"]["title"] == f"Study {name}"
     assert len(instant[0]) == 5

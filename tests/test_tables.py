@@ -258,7 +258,7 @@ def test_cautions_about_runs(study):
 
 
 def test_caution_about_a_constant_map(study):
-    p = study.pooled.assign(auprc_pooled=study.pooled.auprc_pooled.where(study.pooled.score != "ssim_ens", .02))
+    p = study.pooled.assign(auprc_pooled=study.pooled.auprc_pooled.where(study.pooled.score != "ssim_ens", study.pooled.chance))
     said = [n for n in cautions(changed(study, pooled=p)) if "same value everywhere" in n]
     assert len(said) == 1 and "SSIM-ens of ddpm on tumour" in said[0] and "l1" not in said[0].split(":")[1]
 

@@ -113,12 +113,11 @@ def find_cohort(source, out, contrasts=("T1w", "T2w")) -> Path:
     if not source.is_dir(): raise UadError(f"{source}: no such folder")
     if (source/"cohort.json").is_file(): return source
     if list(source.glob("*/run.json")):
+        if len(found := sorted(p.parent for p in source.glob("prepare-*/cohort/cohort.json"))) == 1: return found[0]
         try:
             if (c := gather([source]).cohort): return c.folder
         except UadError:
             if list(source.glob("evaluate-*/result.json")): raise
-        found = sorted(p.parent for p in source.glob("prepare-*/cohort/cohort.json"))
-        if len(found) == 1: return found[0]
         raise UadError(f"{source}: holds {len(found) or 'no'} prepared cohorts: name the one to judge on (a folder with cohort.json)")
     found = prepared_cohorts(source)
     if len(found) == 1: return found[0]
