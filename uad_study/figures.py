@@ -9,6 +9,7 @@ __all__ = ['COLORS', 'RESULT_COLORS', 'PRINT', 'LESION_ML', 'main_scores', 'figu
            'figure_cases', 'figure_gap', 'figure_training', 'figure_alpha', 'figure_variants', 'figure_look']
 
 # %% ../nbs/44_figures.ipynb #4d3a5c5f
+import zlib
 import numpy as np, pandas as pd
 from dataclasses import asdict
 from functools import wraps
@@ -21,7 +22,11 @@ from .scores import SIGMAS
 from .tables import variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
-COLORS = {"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "intensity": "#333333", "perfect map": "#8C8C8C"}
+class _Colors(dict):
+    "Colours by score; one that is not known (of another method's maps) has one of four, by its name."
+    def __missing__(self, score): return ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7")[zlib.crc32(score.encode()) % 4]
+
+COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "intensity": "#333333", "perfect map": "#8C8C8C"})
 "The colour of each score; 'ssim' is SSIM at one sigma."
 RESULT_COLORS = {"found": (0, 158, 115), "false alarm": (230, 159, 0), "missed": (204, 121, 167)}
 "The colours (RGB) of true positive, false positive and missed voxels over a scan."
@@ -510,7 +515,9 @@ def _draw_cases(results: Results, model: str, lines, scores):
     fig.get_layout_engine().set(w_pad=.015, h_pad=.03, wspace=0, hspace=0)
     for axs, (text, r, d) in zip(axes, drawn):
         row = int(r["row"])
-        x, x_hat, lesion, brain = np.asarray(c.images[row]), np.asarray(results.restoration(model, row, int(r["fold"]))), np.asarray(c.lesion_masks[row]), np.asarray(c.brain_masks[row])
+        x, lesion, brain = (np.asarray(a[row]) for a in (c.images, c.lesion_masks, c.brain_masks))
+        x_hat = results.restoration(model, row, int(r["fold"]))
+        x_hat = np.zeros_like(x) if x_hat is None else np.asarray(x_hat)                                               # maps of another method have none
         z, (i, j) = _slice_of(lesion), (slice(max(k.min() - 2, 0), k.max() + 3) for k in np.nonzero(brain.any(2)))
         _show(axs[0], x[i, j, z], cmap="gray", vmin=0, vmax=1); _show(axs[1], x_hat[i, j, z], cmap="gray", vmin=0, vmax=1)
         for k, s in enumerate(scores):
