@@ -35,7 +35,7 @@ PRINT = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fonts
 
 def _look(score: str) -> dict:
     "Colour, line style and marker of a score."
-    kind = score if score in COLORS else "intensity" if score in PLAIN else "perfect map" if score.startswith("truth") else "ssim"
+    kind = score if score in COLORS else "intensity" if score in PLAIN else "perfect map" if score.startswith("truth") else "ssim" if score.startswith("ssim_") else score
     return dict(color=COLORS[kind], ls={"l1": "--", "intensity": ":", "ssim_uniform": "-."}.get(kind, "-"), marker={"l1": "s", "ssim_ens": "D", "ssim_uniform": "^", "intensity": "x"}.get(kind, "o"))
 
 def _printed(draw):
@@ -375,7 +375,7 @@ def figure_curves(results: Results, model: str | None = None):
         for score in filter(None, (best(PLAIN), *(s for s in main_scores(results, model) if s != "ssim_ens"), best([f"ssim_{s:g}" for s in SIGMAS]), "ssim_ens")):
             curve, look = g[g.score == score], _look(score)
             if not len(curve): continue
-            name = rf"SSIM, $\sigma$ {score[5:]}" if look["color"] == COLORS["ssim"] else score_label(score)
+            name = rf"SSIM, $\sigma$ {score[5:]}" if score.startswith("ssim_") and score[5:6].isdigit() else score_label(score)
             ax.plot(*_mean_curve(curve), color=look["color"], ls=look["ls"], label=f"{name}: {q[q.score == score].auprc_pooled.mean():.3f}")
             ax.plot(*([v] for v in _operating_point(curve, q[q.score == score])), marker="o", ms=5.5, mfc="w", mec=look["color"], mew=1.3, ls="", zorder=5)
         coin = q.prevalence.mean()
