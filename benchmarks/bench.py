@@ -1,5 +1,5 @@
 """Time the parts of the study on this machine: `make bench`, or python benchmarks/bench.py. Writes benchmarks/bench.md."""
-import os, platform, subprocess, time
+import time
 from pathlib import Path
 import numpy as np, torch
 from scipy.ndimage import median_filter

@@ -1,7 +1,6 @@
 "The judge as others use it: a planted study with known answers through `uad evaluate --maps`, re-scoring, merging, and what is refused."
 import json, shutil
 from importlib.resources import files
-from pathlib import Path
 import jsonschema, numpy as np, pandas as pd, pytest
 from conftest import one_line, uad
 from uad_study.cohort import Item, write_cohort
@@ -51,7 +50,6 @@ def test_planted_answers_come_back(planted):
     "Dice at the validation's, the other pathology's and the oracle's threshold, AUPRC of each volume and pooled, prevalence: all as computed by hand."
     t, c = pd.read_csv(planted/"out"/"table.csv"), pd.read_csv(planted/"out"/"cases.csv")
     row = t[(t.model == "planted") & (t.score == "map")].set_index("pathology")
-    val = [PLANTED[k] for k in ("ms-v0", "ms-v1")]
     above2, above0 = (2 * sum(s) / (sum(p) + 2 * LESION) for s, p in (((240, 260), (300, 300)), ((320, 320), (380, 4360))))
     assert above2 > above0 and 2 <= row.threshold["ms"] < 3 and 0 <= row.threshold["tumour"] < 1                       # ms: only level 3 is worth it; tumours: all that is not 0
     three = [dice(200, 100), dice(400, 0), dice(0, 30)]

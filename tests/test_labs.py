@@ -1,13 +1,10 @@
 "The inspector's labs, without a browser: preferred sigma, gallery, why a lesion was missed, and noise levels, held to slow code and to a study's own tables."
-import os
-from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from scipy.ndimage import gaussian_filter, generate_binary_structure, label, median_filter
 from scipy.stats import spearmanr
 from uad_study import labs
 from uad_study.cohort import Cohort, Item, write_cohort
 from uad_study.core import UadError
-from uad_study.evaluate import kept_restorations
 from uad_study.models import RestoreConfig
 from uad_study.postprocess import erode_mask
 from uad_study.reconstruct import reconstruct_volume

@@ -78,6 +78,7 @@ class Show:
             if run.folder in self.bars: self.progress.remove_task(self.bars.pop(run.folder))
             self.console.print(f"  {kind:<13} {run.label} ({self.clock() - self.started[run.folder]:.0f} s)" if kind == "done" else f"  failed        {run.label}: {info['error']}")
 
+# %% ../nbs/59_cli.ipynb #a7e232bb
 def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool):
     from uad_study.core import choice
     from uad_study.runs import done, plan, read_study, run_study
@@ -183,6 +184,7 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
         write_page(results, Path(out)/"cases.html", [i for c in cases for i in ids.index[ids == c]] if cases else None)
         print(f"cases:  {Path(out)/'cases.html'}")
 
+# %% ../nbs/59_cli.ipynb #532ef8b2
 @app.command()
 def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], study: Annotated[str, typer.Option(help="Keep the runs of this study (a packaged name or a YAML file).")],
           data: Data = None, yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False):

@@ -11,15 +11,15 @@ import re
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from pathlib import Path
-from .core import UadError, atomic_file, read_json
+from .core import UadError, atomic_file
 from .cohort import Cohort, open_reconstructions
 from .dataset import bids_label
 from .judge import ScoreConfig, judge, maps_of_reconstruction, maps_of_truth, perfect_names, sweep
 from .models import RestoreConfig
 from .reconstruct import reconstruct_cohort
-from .scores import score_maps, ssim_map
+from .scores import ssim_map
 from .train import load_model
-from .volume import GRID_AFFINE, load_map, save_volume
+from .volume import GRID_AFFINE, save_volume
 
 # %% ../nbs/40_evaluate.ipynb #b10b3e11
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ def needed_rows(cohort: Cohort, contrast: str, fold: int, found) -> dict[str, np
 def export_images(cohort: Cohort, folder, contrast: str | None = None, fold: int = 0) -> pd.DataFrame:
     """Write the images of a cohort to `folder` as SUBJECT_CONTRAST.nii.gz, (96, 96, 50) at 2 mm, and subjects.csv: subject_id, contrast, pathology, split (of `fold`), file. Returns that table.
 
-    What another method needs to be judged beside ours: train on 'train', make maps for 'val' and 'test'. No lesion mask is written."""
+    What another method needs to be judged beside ours: train on 'train', make maps for 'val' and 'test'. No lesion mask is written.
+    The affine is that of the MNI152 grid: of scans prepared on another atlas take the files that `uad prepare` wrote."""
     t, rows = cohort.table, cohort.select(**({"contrast": contrast} if contrast else {}))
     split = {int(r): s for s in ("train", "val", "test") for r in cohort.select(s, fold)}
     out = pd.DataFrame([dict(subject_id=t.subject_id.iloc[r], contrast=t.contrast.iloc[r], pathology=t.pathology.iloc[r], split=split[r], file=f"{t.subject_id.iloc[r]}_{t.contrast.iloc[r]}.nii.gz") for r in rows])

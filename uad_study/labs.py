@@ -24,7 +24,7 @@ from .postprocess import erode_mask
 from .reconstruct import reconstruct_cohort
 from .results import NAMES, Results, score_label
 from .scores import SIGMAS, sigma_of
-from .viewer import View, ViewState
+from .viewer import View, ViewState, _uri
 from .volume import VOXEL_ML
 
 # %% ../nbs/51_labs.ipynb #94a68126
@@ -61,13 +61,6 @@ def _png(fig) -> bytes:
     if fig is None: return b""
     buffer = io.BytesIO(); fig.savefig(buffer, format="png", dpi=110); plt.close(fig)
     return buffer.getvalue()
-
-def _uri(pixels: np.ndarray) -> str:
-    "Colours (H, W, 3) uint8 as the address of a PNG."
-    import base64
-    from PIL import Image
-    buffer = io.BytesIO(); Image.fromarray(pixels).save(buffer, "png", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/51_labs.ipynb #127d5cb1
 def sigma_maps(view: View, model: int, row: int, sigmas=SIGMAS, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

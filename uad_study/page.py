@@ -10,13 +10,13 @@ import base64, gzip, html, json, re
 import numpy as np
 from . import __version__
 from .core import UadError, atomic_file
-from .judge import ScoreConfig, headline_rule, region
+from .judge import headline_rule, region
 from .metrics import dice
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, score_label, score_order
-from .scores import SIGMAS, sigma_of
+from .scores import sigma_of
 from .tables import cautions
-from .viewer import FALSE, FOUND, MISSED
+from .viewer import FALSE, FOUND, MISSED, _inferno
 from .volume import VOXEL_ML
 
 # %% ../nbs/52_page.ipynb #143030b2
@@ -55,9 +55,6 @@ def _judged(results, model, fold, row):
     t, c = results.cohort.table.iloc[row], results.cases
     return c[(c.model == model) & (c.fold == fold) & (c.contrast == t.contrast) & (c.subject_id == t.subject_id) & (c.pathology == t.pathology)]
 
-def _config(results, model) -> ScoreConfig:
-    return ScoreConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in results.score_config(model).items()})
-
 def _thresholds(judged, names) -> dict:
     "{score: {'val', 'healthy', 'of'}}: thresholds of a case, and the score that they were found for."
     rule, sigmas, found = headline_rule(judged.threshold_from), {n: s for n in set(judged.score) if (s := sigma_of(n))}, {}
@@ -79,7 +76,7 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
 
     Unpacked: the masks packed, brain, eroded, lesion and counted (voxels that are judged) as bits, then what `pack_levels` leaves of the maps in the order of `stored`, all in the box `low`, `shape`."""
     from scipy.ndimage import maximum_filter
-    t, judged, config = results.cohort.table.iloc[row], _judged(results, model, fold, row), _config(results, model)
+    t, judged, config = results.cohort.table.iloc[row], _judged(results, model, fold, row), results.score_config(model)
     if not len(judged): raise UadError(f"cases: row {row} ({t.subject_id}, {t.contrast}) is not among the test cases of {model}: give rows of the cohort that are")
     if not (names := _names(judged, config)): raise UadError(f"{results.evaluate_dirs[0]}: {model} was judged by none of l1, SSIM at a sigma and SSIM-ens: add one to scores.names and run the study again")
     x_hat, maps = results.restoration(model, row, fold), results.maps(model, row, names, fold)
@@ -452,10 +449,6 @@ if (typeof DecompressionStream === 'undefined') $('old').hidden = false; else { 
 """
 
 # %% ../nbs/52_page.ipynb #99080782
-def _inferno() -> str:
-    from matplotlib import colormaps
-    return base64.b64encode((colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8)).decode()
-
 def _first_with_restorations(results) -> tuple[str, int]:
     "The first model, and its first fold, that has a restoration on the disk."
     for model in results.models:
@@ -470,7 +463,7 @@ def write_page(results: Results, file, cases=None, n: int = 4):
     `cases`: rows of the cohort, test cases of the first model with restorations; None: see `choose_cases` (at most `n`). Raises `UadError` where the volumes or the restorations are not on the disk, and for other rows."""
     if results.cohort is None: raise UadError(f"{results.evaluate_dirs[0]}: its volumes are not on this disk: write the page on the machine that has them")
     model, fold = _first_with_restorations(results)
-    config, total = _config(results, model), len(results.cohort.table)
+    config, total = results.score_config(model), len(results.cohort.table)
     chosen = choose_cases(results, model, fold, n) if cases is None else {int(r): "" for r in cases}
     if not chosen: raise UadError(f"{results.evaluate_dirs[0]}: {model} has no test case with a lesion: give rows of the cohort as cases")
     for r in chosen:
@@ -478,7 +471,7 @@ def write_page(results: Results, file, cases=None, n: int = 4):
     packed = [pack_case(results, model, fold, r, kind) for r, kind in chosen.items()]
     healthy = f"{100 * config.healthy_share:g} % of healthy validation scans carry at most {config.healthy_ml:g} mL"
     data = dict(cases=[says for says, _ in packed], own=_OWN, last=_LAST, median=config.median, median_first=config.median_first, min_voxels=config.min_voxels, voxel_ml=VOXEL_ML,
-                colours=[FOUND, FALSE, MISSED], inferno=_inferno(), healthy=healthy)
+                colours=[FOUND, FALSE, MISSED], inferno=base64.b64encode(_inferno()).decode(), healthy=healthy)
     file_text = _fill(results, model, config, data, healthy, [base64.b64encode(blob).decode() for _, blob in packed])
     with atomic_file(file) as tmp: tmp.write_text(file_text, encoding="utf-8")
 

@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'SECTIONS', 'FIGURES', 'PROVENANCE', 'INTRODUCED', 'MASK_COL
            'outlined', 'write_quality']
 
 # %% ../nbs/46_report.ipynb #d84996ba
-import base64, inspect, io, json, re
+import base64, inspect, io, json
 import numpy as np, pandas as pd
 from html import escape
 from pathlib import Path
@@ -18,7 +18,7 @@ from .cohort import Cohort
 from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
 from .interactive import write_interactive
-from .results import JUDGEMENT, NAMES, Results, TABLE_COLUMNS, judgement
+from .results import JUDGEMENT, NAMES, Results, judgement
 from .runs import RESULT, slug
 from .tables import (Table, cautions, html, latex, no_number, number, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations, table_sizes,
                               table_tests, table_thresholds, table_variants)
@@ -174,7 +174,8 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
     sections["Where this comes from"] = _where_from(results, provenance)
     contents = "<nav aria-label=Contents><ol><li><a href='#first'>What to know first</a></li>" + "".join(f"<li><a href='#{slug(h)}'>{escape(h)}</a></li>" for h in sections) + "</ol></nav>"
     first = "<div class=note id=first><h2>What to know first</h2><ul>" + "".join(f"<li>{escape(placeless(n))}</li>" for n in cautions(results)) + "</ul></div>"
-    lead = "<p class=lead>Unsupervised anomaly detection in brain MRI: a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs. <a href=interactive.html>The same to click and hover</a>.</p>"
+    how = "the anomaly maps of a method, judged" if all(e["parameters"].get("judged") == "maps" for e in results.evaluations) else "a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs"
+    lead = f"<p class=lead>Unsupervised anomaly detection in brain MRI: {how}. <a href=interactive.html>The same to click and hover</a>.</p>"
     return page_of(results.title, f"<h1>{escape(results.title)}</h1>" + lead + contents + first + "".join(f"<h2 id='{slug(h)}'>{escape(h)}</h2>{part}" for h, part in sections.items()), "uad-report/1", "contents")
 
 # %% ../nbs/46_report.ipynb #7dee2fc9

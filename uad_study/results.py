@@ -12,13 +12,13 @@ import json
 import numpy as np, pandas as pd
 from pathlib import Path
 from . import __version__
-from .core import UadError, file_sha256, read_json, write_json
+from .core import UadError, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort, Item, write_cohort, write_reconstructions
 from .evaluate import kept_restorations
-from .judge import headline_rule
+from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
 from .runs import RESULT, RUN, STAGES
-from .scores import SIGMAS, score_maps
+from .scores import SIGMAS
 from .volume import load_map
 
 # %% ../nbs/42_results.ipynb #ff7e1381
@@ -103,8 +103,8 @@ class Results:
         self.places = [_places(d, e) for d, e in zip(self.evaluate_dirs, self.evaluations)]
         self.train_dirs = [d/p["train_dir"] if p["train_dir"] and (d/p["train_dir"]/"metrics.jsonl").is_file() else None for d, p in zip(self.evaluate_dirs, self.places)]
         self.trainings = [d and read_json(d/"result.json", RESULT) for d in self.train_dirs]
-        self.losses = [d and [json.loads(line) for line in open(d/"metrics.jsonl")] for d in self.train_dirs]
-        self.labels = [e["parameters"].get("label") or e["parameters"]["model_config"]["name"] for e in self.evaluations]
+        self.losses = [d and [json.loads(line) for line in (d/"metrics.jsonl").read_text().splitlines()] for d in self.train_dirs]
+        self.labels = [e["parameters"]["label"] for e in self.evaluations]
         self.variants = {v["label"]: v for v in variants}
         for name in CASE_TABLES: setattr(self, name, _read_tables(self.evaluate_dirs, name))
         if not len(self.cases): raise UadError(f"{self.evaluate_dirs[0]/'cases.csv'}: holds no case: the test set is empty")
@@ -148,13 +148,18 @@ class Results:
             if any(str(int(row)) not in theirs.get(n, {}) or not (self.evaluate_dirs[i]/theirs[n][str(int(row))]).is_file() for n in names): return None
             return {n: load_map(self.evaluate_dirs[i]/theirs[n][str(int(row))]) for n in names}
         if (x_hat := self.restoration(model, row, fold)) is None: return None
-        how, inside = self.score_config(model), np.asarray(self.cohort.brain_masks[row])
-        return score_maps(np.asarray(self.cohort.images[row]), np.asarray(x_hat), names, mask=inside if how.get("masked") else None, dims=how.get("kernel_dims", 3), sigmas=how.get("sigmas") or SIGMAS, temperature=how.get("temperature", 1.))
+        return maps_of_reconstruction(self.cohort, row, x_hat, names, self.score_config(model))
 
-    def score_config(self, model: str) -> dict:
-        "How the maps of a model are scored: settings of `judge.ScoreConfig`, {} for its defaults."
-        return next((e["parameters"].get("score_config") or {} for e, m in zip(self.evaluations, self.labels) if m == model), {})
+    def score_config(self, model: str) -> ScoreConfig:
+        "How the maps of a model are scored and post-processed."
+        return from_dict(ScoreConfig, next(e["parameters"].get("score_config") or {} for e, m in zip(self.evaluations, self.labels) if m == model), "scores")
 
+    def main_scores(self, model: str) -> tuple[str, ...]:
+        "The scores that tables and figures are about: l1 and SSIM-ens; of maps of another method, which have neither, up to four of its own."
+        there = list(dict.fromkeys(self.rows(model=model).score))
+        return tuple(s for s in ("l1", "ssim_ens") if s in there) or tuple(s for s in there if s not in PLAIN)[:4]
+
+# %% ../nbs/42_results.ipynb #f3cdcee1
 PLACES = "uad-places/1"
 
 def _places(folder: Path, evaluation: dict) -> dict:
@@ -191,7 +196,7 @@ def cohort_difference(a: dict, b: dict) -> str:
 
 def _settings(parameters: dict) -> dict:
     "What all folds and contrasts of one name must share."
-    return {k: parameters.get(k) or {} for k in ("judged", "model_config", "restore_config", "score_config")}
+    return {k: parameters.get(k) or {} for k in ("judged", "restore_config", "score_config")}
 
 def _belong_together(evaluations: dict, variants: set):
     "Raise a `UadError` unless evaluations {folder: result} are of this version, of the same volumes (variants may have others), and one per name, contrast and fold."
@@ -203,8 +208,9 @@ def _belong_together(evaluations: dict, variants: set):
         if place in seen and (other := evaluations[seen[place]])["key"] != e["key"]:
             said = difference(*({k: v for k, v in p.items() if k not in ("cohort_dir", "train_dir")} for p in (other["parameters"], q))) or cohort_difference(other["results"]["cohort"], e["results"]["cohort"]) or "another training"
             raise UadError(f"{d}: does not belong with {seen[place]}: both are {q.get('label')} on {q['contrast']}, fold {q['fold']}, but {said}: report one of them, or give it another label")
-        like = settings.setdefault(q.get("label"), (d, _settings(q)))
-        if said := difference(like[1], _settings(q)): raise UadError(f"{d}: does not belong with {like[0]}: both are called {q.get('label')}, but {said}: report one of them, or give it another label")
+        mine = _settings(q) | dict(model_config=e["results"].get("model_config") or {})
+        like = settings.setdefault(q.get("label"), (d, mine))
+        if said := difference(like[1], mine): raise UadError(f"{d}: does not belong with {like[0]}: both are called {q.get('label')}, but {said}: report one of them, or give it another label")
         seen[place] = d
         if q.get("label") in variants: continue
         first = first or d
@@ -243,7 +249,8 @@ def gather(folders, title: str = "") -> Results:
               if (said := difference({k: v for k, v in a["score_config"].items() if k in POST}, {k: v for k, v in b["score_config"].items() if k in POST}))]
     here = next((c for d in done for c in [d/(_places(d, evaluations[d])["cohort_dir"] or "-")] if (c/"cohort.json").is_file()), None)
     name = first.get("study") or evaluations[done[0]].get("study", "")
-    return Results(title or first.get("title") or name, name, here, done, variants, list(dict.fromkeys(notes)))
+    titles = dict.fromkeys(p["parameters"]["title"] for p in plans)
+    return Results(title or "; ".join(titles) or name, name, here, done, variants, list(dict.fromkeys(notes)))
 
 def open_results(out) -> Results:
     "The results of the study that is finished in the folder `out`. Raises `UadError` when there is none or a run is missing."

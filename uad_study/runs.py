@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from . import __version__
-from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, from_dict, log, nearest, os_error, read_json, read_yaml, remove_leftovers, write_json
+from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, from_dict, nearest, os_error, read_json, read_yaml, remove_leftovers, write_json
 
 # %% ../nbs/41_runs.ipynb #30b5e89f
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def latex(table: Table) -> str:
 # %% ../nbs/43_tables.ipynb #1c29dd6e
 KEYS = ("model", "contrast", "pathology", "score")
 MAIN = ("l1", "ssim_ens")
-"The two scores that the study is about."
+"The two scores that the study is about; of what is judged without them, see `Results.main_scores`."
 
 def _split(t: pd.DataFrame, *keys) -> dict:
     "The rows of a table by the values of its columns `keys`."
@@ -168,9 +168,9 @@ class Numbers:
         g = self.at(*key, rule=rule)
         return "no threshold" if not len(g) else "no lesion on the grid" if not g.lesion_ml.max() > 0 else "undefined"
 
-    def lines(self, scores=MAIN):
-        "(key, its first cells) for every model, pathology and score that was judged."
-        for m, (p, c), s in [(m, pc, s) for m in self.results.models for pc in self.places for s in scores]:
+    def lines(self):
+        "(key, its first cells) for every model, pathology and main score that was judged."
+        for m, (p, c), s in [(m, pc, s) for m in self.results.models for pc in self.places for s in self.results.main_scores(m)]:
             if (m, c, p, s) in self.table: yield (m, c, p, s), (m, place_label(p, c), score_label(s))
 
 def place_label(pathology: str, contrast: str) -> str:
@@ -249,7 +249,7 @@ def table_dice(results: Results) -> Table:
     shown = [s for s in scores_of("perfect map") if s in ("truth", "truth_0.7", "truth_1.7")]
     found = _dice_cells(numbers, ["perfect map"], shown, numbers.places)
     for s in shown: t.add("perfect map", score_label(s), *(found[s, place][1] for place in numbers.places), kind="perfect")
-    t.notes.append("Bold (or *): highest of a model on the test set. ↑ ↓: SSIM-ens above or below l1 of the same model as printed; a difference of means, not a test.")
+    t.notes.append("Bold (or *): highest of a model on the test set." + (" ↑ ↓: SSIM-ens above or below l1 of the same model as printed; a difference of means, not a test." if any({"up", "down"} & set(c.marks) for r in t.rows for c in r) else ""))
     if paper and set(kinds) & set(results.models): t.notes += ["As published: Behrendt et al., ISBI 2024, Table 1, mean ± standard deviation over five folds, of the paper's networks and its own preparation.", *(_paper_note(results, *place, d) for place, d in paper.items())]
     return t
 
@@ -261,30 +261,35 @@ def p_value(p: float) -> str:
     return "<0.001" if p < .001 else f"{p:.3f}"
 
 def table_tests(results: Results) -> Table:
-    """SSIM-ens against the other scores, paired per patient (Wilcoxon signed rank; folds, and strengths of semi-synthetic lesions, averaged first), Holm-corrected over the whole table.
+    """SSIM-ens against the other scores, paired per patient (Wilcoxon signed rank; folds, and strengths of semi-synthetic lesions, averaged first), Holm-corrected over the whole table. A method without SSIM-ens
+    (maps of somebody else) is tested by the last of its own scores, and also against the other methods.
 
     A score with the same Dice as l1 in every patient (l2, where nothing comes between) is said to be so, and not counted again."""
     numbers, rows, few, same = Numbers(results), [], no_number("fewer than 2 patients"), no_number("same as l1")
-    for (m, c, p, _), (_, place, _) in numbers.lines(["ssim_ens"]):
-        for s in [s for s in AGAINST if (m, c, p, s) in numbers.table]:
-            a, b, l1 = (numbers.patients(m, c, p, k) for k in ("ssim_ens", s, "l1"))
+    tested = {m: own[-1] for m in results.models if (own := results.main_scores(m))}
+    for m, (p, c) in [(m, place) for m in tested for place in numbers.places if (m, place[1], place[0], tested[m]) in numbers.table]:
+        others = [(m, s) for s in (*AGAINST, *results.main_scores(m)) if s != tested[m]] + [(o, s) for o, s in tested.items() if o != m and tested[m] != "ssim_ens"]
+        a, l1 = numbers.patients(m, c, p, tested[m]), numbers.patients(m, c, p, "l1")
+        for o, s in [(o, s) for o, s in dict.fromkeys(others) if (o, c, p, s) in numbers.table]:
+            b = numbers.patients(o, c, p, s)
             d = (a - b).dropna()
             why = few if len(d) < 2 else same if s != "l1" and len(l1) and b.equals(l1) else None
-            rows.append((m, place, s, d.to_numpy(), why, np.nan if why else paired_test(d, np.zeros(len(d)))))
-    t = Table("tests", "SSIM-ens against other scores of the same model: paired differences in Dice per patient.",
-              ["model", "pathology", "SSIM-ens minus", "patients", "Dice points [95 %]", "higher / lower in", "p (Wilcoxon)", "p (Holm)"])
+            rows.append((m, place_label(p, c), score_label(s) + (f" of {o}" if o != m else ""), d.to_numpy(), why, np.nan if why else paired_test(d, np.zeros(len(d)))))
+    named = {score_label(s) for s in tested.values()}
+    t = Table("tests", f"{' or '.join(named) or 'SSIM-ens'} against other scores: paired differences in Dice per patient.",
+              ["model", "pathology", f"{named.pop() if len(named) == 1 else 'its score'} minus", "patients", "Dice points [95 %]", "higher / lower in", "p (Wilcoxon)", "p (Holm)"])
     for (m, place, s, d, why, q), corrected in zip(rows, holm([r[-1] for r in rows]) if rows else []):
-        t.add(m, place, score_label(s), str(len(d)), *([why] * 4 if why else
+        t.add(m, place, s, str(len(d)), *([why] * 4 if why else
               [Cell(signed(100 * d.mean()), interval(*bootstrap_interval(d), signed)), f"{(d > 0).sum()} / {(d < 0).sum()}", p_value(q), p_value(corrected)]), kind="ens" * (s == "l1"))
-    tested = [len(r[3]) for r in rows if not r[4]]
-    t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(tested)} comparisons of this table; intervals: expanded percentile bootstrap over patients (`metrics.bootstrap_interval`, seed 0), not corrected.")
-    if tested and (least := 2. ** (1 - min(tested))) * len(tested) > .05: t.notes.append(f"Of {min(tested)} patients the smallest possible p is {least:.2g}, and {min(1, least * len(tested)):.2g} after the correction: too few for a difference at 0.05.")
+    n = [len(r[3]) for r in rows if not r[4]]
+    t.notes.append(f"Two-sided Wilcoxon signed-rank test over patients; Holm's correction over the {len(n)} comparisons of this table; intervals: expanded percentile bootstrap over patients (`metrics.bootstrap_interval`, seed 0), not corrected.")
+    if n and (least := 2. ** (1 - min(n))) * len(n) > .05: t.notes.append(f"Of {min(n)} patients the smallest possible p is {least:.2g}, and {min(1, least * len(n)):.2g} after the correction: too few for a difference at 0.05.")
     return t
 
 # %% ../nbs/43_tables.ipynb #96204246
 def table_lesions(results: Results) -> Table:
     "Lesion-wise sensitivity, precision, false lesions per scan and F1 of l1 and SSIM-ens, at the headline threshold."
-    numbers, n = Numbers(results), 0
+    numbers = Numbers(results)
     t = Table("lesions", "Lesion by lesion: connected components (26 neighbours) at the headline threshold.",
               ["model", "pathology", "score", "lesions", "found (%)", "precision (%)", "false lesions per scan", "F1, touched (%) [95 %]", "F1, one to one (%) [95 %]"])
     for key, first in numbers.lines():
@@ -302,7 +307,7 @@ SIZES = ("small", "middle", "large")
 
 def _tertiles(numbers: Numbers, pathology: str, contrast: str) -> tuple[pd.Series, list[float]]:
     "Lesion volume in mL of each test patient that has one, of any model; and the volumes at a third and two thirds of them."
-    rows = [numbers.at(m, contrast, pathology, s) for m in numbers.results.models for s in MAIN]
+    rows = [numbers.at(m, contrast, pathology, s) for m in numbers.results.models for s in numbers.results.main_scores(m)]
     volume = pd.concat(rows).groupby("patient_id").lesion_ml.mean() if rows else pd.Series(dtype=float)
     volume = volume[volume > 0]
     return volume, list(volume.quantile([1 / 3, 2 / 3])) if len(volume) >= 6 else []
@@ -357,11 +362,12 @@ def table_auprc(results: Results) -> Table:
     "Area under the precision-recall curve of pooled test voxels (mean over folds), in brackets the mean over patients of each volume's own; last what a map that is the same everywhere in the brain reaches, and the prevalence."
     numbers = Numbers(results)
     t = Table("auprc", "AUPRC of pooled test voxels [mean over patients of each volume's own], and what a map reaches that is the same everywhere in the brain.", ["model", "score", *(place_label(*place) for place in numbers.places)])
-    for m in results.models:
-        for s in score_order(results.rows(model=m).score):
+    for name in ["no model", *results.models]:
+        m = results.models[0] if name == "no model" else name                             # plain intensity is the same beside every model
+        for s in [s for s in score_order(results.rows(model=m).score) if (s in PLAIN) == (name == "no model")]:
             rows = {(p, c): numbers.table.get((m, c, p, s)) for p, c in numbers.places}
             cells = [number(g.auprc_pooled.mean(), ".3f", more=f"{g.auprc.mean():.3f}" if g.auprc.notna().any() else "", why="no lesion on the grid") if g is not None else no_number(numbers.why(m, c, p, s)) for (p, c), g in rows.items()]
-            t.add(m, score_label(s), *cells, kind="ens" * (s == "ssim_ens"))
+            t.add(name, score_label(s), *cells, kind="ens" * (s == "ssim_ens"))
     for name, column in (("same everywhere", "chance"), ("lesion share", "prevalence")) if results.models else ():
         t.add(name, "after post-processing" if column == "chance" else "prevalence", *(number(results.rows(pathology=p, contrast=c, model=results.models[0])[column].mean(), ".3f") for p, c in numbers.places), kind="perfect")
     return t
@@ -369,12 +375,12 @@ def table_auprc(results: Results) -> Table:
 # %% ../nbs/43_tables.ipynb #b705cbf4
 def table_false_positives(results: Results) -> Table:
     "False lesions in mL per healthy test scan (mean, 95 % interval over scans) under each rule, and the share of scans with more than the healthy rule allows, for l1 and SSIM-ens."
-    numbers, ml = Numbers(results), _healthy_ml(results)
+    numbers, ml, scores = Numbers(results), _healthy_ml(results), score_order(s for m in results.models for s in results.main_scores(m))
     rules = {f"val:{p}": f"validation, {NAMES.get(p, p).lower()}" for p in results.pathologies} | _healthy_rules(results)
     t = Table("false-positives", "False lesions on healthy test scans: mL per scan [95 % bootstrap interval over scans].",
-              ["model", "contrast", "threshold from", "scans", *(f"{score_label(s)}, mL per scan" for s in MAIN), *(f"{score_label(s)}, scans above {ml:g} mL" for s in MAIN)])
+              ["model", "contrast", "threshold from", "scans", *(f"{score_label(s)}, mL per scan" for s in scores), *(f"{score_label(s)}, scans above {ml:g} mL" for s in scores)])
     for m, c, r in [(m, c, r) for m in results.models for c in dict.fromkeys(c for _, c in numbers.places) for r in rules]:
-        at = [numbers.cases.get((m, c, "healthy", s, r)) for s in MAIN]
+        at = [numbers.cases.get((m, c, "healthy", s, r)) for s in scores]
         if all(g is None for g in at): continue
         volumes = [None if g is None else per_patient(g, "predicted_ml") for g in at]
         mean = [no_number("no threshold") if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v in volumes]
@@ -388,7 +394,7 @@ def table_calibration(results: Results) -> Table:
     nominal = sorted(k.nominal.unique()) if len(k) else []
     t = Table("calibration", "Do healthy thresholds hold? Share of healthy test voxels above thresholds set on healthy validation voxels (%) [mL per scan after components].", ["model", "contrast", "score", *(f"{100 * q:g} % nominal" for q in nominal)])
     found = _split(k, "model", "contrast", "score", "nominal")
-    for m, c, s in [(m, c, s) for m in results.models for c in dict.fromkeys(k.contrast if len(k) else []) for s in MAIN]:
+    for m, c, s in [(m, c, s) for m in results.models for c in dict.fromkeys(k.contrast if len(k) else []) for s in results.main_scores(m)]:
         at = [found.get((m, c, s, q)) for q in nominal]
         if any(g is not None for g in at): t.add(m, c, score_label(s), *(no_number("missing") if g is None else number(100 * g.observed.mean(), ".2f", more=f"{g.fp_ml.mean():.1f} mL") for g in at), kind="ens" * (s == "ssim_ens"))
     if len(k): t.notes.append(f"{k.n_val.max()} healthy validation and {k.n_test.max()} healthy test scans in a fold, inside the eroded brain mask.")
@@ -506,13 +512,13 @@ def _about_scores(results: Results, numbers: Numbers) -> list[str]:
     notes, own = [], {k: g for k, g in numbers.table.items() if k[0] in results.models and g.prevalence.mean() > 0}
     constant = [k for k, g in own.items() if k[3] != "ssim_val" and np.isclose(g.auprc_pooled.mean(), g.chance.mean(), rtol=1e-6)]
     if constant: notes.append(f"The same value everywhere, or as good as (AUPRC that of a flat map): {_some(f'{score_label(s)} of {m} on {_on(p, c, numbers)}' for m, c, p, s in constant)}. Such a map says nothing.")
-    chance = [(k, g.auprc_pooled.mean(), g.chance.mean()) for k, g in own.items() if k[3] in MAIN and k not in constant]
+    chance = [(k, g.auprc_pooled.mean(), g.chance.mean()) for k, g in own.items() if k[3] in results.main_scores(k[0]) and k not in constant]
     if chance := [f"{score_label(s)} of {m} on {_on(p, c, numbers)} ({a:.3f} where a map that is the same everywhere has {q:.3f})" for (m, c, p, s), a, q in chance if a < 1.5 * q]:
         notes.append(f"No better than chance, or hardly (AUPRC below 1.5 times that of a map that is the same everywhere): {'; '.join(chance)}. Such maps mark most of the brain; a difference between them means nothing.")
     dice, useless = (lambda *k: numbers.table[k].dice.mean() if k in numbers.table else np.nan), []
     for m, (p, c) in [(m, place) for m in results.models for place in numbers.places]:
         plain = np.nanmax([dice(m, c, p, k) for k in PLAIN] + [-1])
-        useless += [f"{score_label(s)} of {m} on {_on(p, c, numbers)} ({100 * d:.1f} against {100 * plain:.1f})" for s in MAIN if (d := dice(m, c, p, s)) <= plain]
+        useless += [f"{score_label(s)} of {m} on {_on(p, c, numbers)} ({100 * d:.1f} against {100 * plain:.1f})" for s in results.main_scores(m) if (d := dice(m, c, p, s)) <= plain]
     if useless: notes.append(f"No better than plain intensity, which uses no model (Dice): {'; '.join(useless)}.")
     for p, c in numbers.places:
         perfect = {k[3]: dice(*k) for k in numbers.table if k[:3] == ("perfect map", c, p)}
@@ -520,6 +526,7 @@ def _about_scores(results: Results, numbers: Numbers) -> list[str]:
             notes.append(f"{NAMES.get(p, p)}: even a perfect map reaches a Dice of {100 * top:.0f} % at most through this post-processing (the truth itself {100 * perfect.get('truth', np.nan):.0f} %): the lesions are too small for it, and every number of this pathology is to be read against that ceiling.")
     return notes
 
+# %% ../nbs/43_tables.ipynb #3d3c4b37
 def _about_patients(results: Results, numbers: Numbers) -> list[str]:
     "Cautions about who was tested: few patients, missing folds, other patients in some folds, no lesions."
     notes, own = [], results.cases[results.cases.model.isin(results.models) & (results.cases.pathology != "healthy")]

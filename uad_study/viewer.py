@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from .core import UadError
 from .cohort import Cohort, open_reconstructions
+from .figures import RESULT_COLORS
 from .judge import headline_rule
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
@@ -39,7 +40,7 @@ class ViewState:
 
 PLANES = {"axial": "z", "coronal": "y", "sagittal": "x"}
 "The coordinate that counts the slices of a plane."
-FOUND, FALSE, MISSED = (0, 158, 115), (230, 159, 0), (204, 121, 167)
+FOUND, FALSE, MISSED = RESULT_COLORS.values()
 "Colours of true positives, false positives and missed voxels: apart for colour-blind eyes, too (Okabe and Ito 2008)."
 
 def rule_label(rule: str, ml: float = 1.) -> str:
@@ -573,7 +574,7 @@ class Inspector(_Drawing):
     def _draw(self):
         "Send the browser what the state changes of the pictures, the readout, the numbers and the charts."
         s, v = self.state, self.view
-        m, panels = v.models[s.model], v.panels(s)
+        panels = v.panels(s)
         with self.figure.batch_update():
             self._layout()
             for i, n in enumerate(PANELS): self._send(f"images[{i}].source", _uri(panels[n]) if n in panels else _BLANK)
