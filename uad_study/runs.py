@@ -315,7 +315,7 @@ class Ticker:
             from tqdm.auto import tqdm
             self.bar = tqdm(desc=what)
 
-    def __call__(self, done: int, total: int, text: str = ""):
+    def __call__(self, done: int, total: int, text: str = "", **facts):
         if self.bar is not None:
             self.bar.total = total; self.bar.n = done; self.bar.set_postfix_str(text, refresh=False); self.bar.refresh()
         if (now := time.monotonic()) - self.last < .5 and done < total: return
