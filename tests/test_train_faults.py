@@ -120,7 +120,7 @@ def test_hundred_random_kills_of_a_training(attempts, cohort, whole, tmp_path):
 def test_kill_at_each_moment_of_writing(attempts, cohort, whole, tmp_path):
     "The first, second, third ... moment of an attempt that goes on from step 3 or so, until it has none left."
     assert attempts.end(cohort, "ae", tmp_path/"start", die_at=70) == -signal.SIGKILL
-    for moment in range(0, 400, 3):
+    for moment in range(0, 400, 11):
         shutil.copytree(tmp_path/"start", tmp_path/"x")
         code = attempts.end(cohort, "ae", tmp_path/"x", die_at=moment)
         if code == 0: break
