@@ -83,16 +83,37 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool):
     from uad_study.core import choice
     from uad_study.runs import done, plan, read_study, run_study
     setup_logging(verbose)
-    if engine == "slurm": raise UadError("--engine: 'slurm' does not exist yet in this version: use local")
-    choice(engine, ("local",), "--engine")
+    choice(engine, ("local", "slurm"), "--engine")
     s = read_study(study)
+    if engine == "slurm": return _submit(s, data, out, dry_run)
     if dry_run:
         for r in plan(s, data): print(f"{'done ' if done(out, r) else 'to do'}  {r.label:<36} {out/r.folder}")
         return
+    _nothing_queued(out)
     print(f"{s.title} -> {out}")
     with Show() as show: lost = run_study(s, out, data, show)
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
     if lost: raise UadError(f"{len(lost)} subject{'s' * (len(lost) > 1)} failed (listed above) and the report is without: mend the files, or take them out of manifest.csv, and run again")
+
+def _submit(study, data, out: Path, dry_run: bool):
+    from uad_study.runs import done, plan
+    from uad_study.slurm import arrays, describe, live, submit
+    if dry_run:
+        planned, queued = plan(study, data), live(out)
+        for r in planned: print(f"{'queued' if r.folder in queued else 'done  ' if done(out, r) else 'to do '}  {r.label:<36} {out/r.folder}")
+        todo = arrays(planned, out, queued)
+    else: todo = submit(study, out, data)
+    print(f"{study.title} -> {out}" + ": done, or in the queue already: nothing to submit" * (not todo))
+    for line in describe(todo): print(f"  {line}")
+    if todo and not dry_run:
+        print(f"submitted; nothing needs to stay open\nlook:   uad status {out}\ncancel: scancel {' '.join(a.ids[0].split('_')[0] for a in todo)}")
+
+def _nothing_queued(out: Path):
+    import shutil
+    from uad_study.slurm import live
+    if (out/"jobs.json").exists() and shutil.which("squeue") and (queued := live(out)):
+        ids = sorted({i.split("_")[0] for found in queued.values() for i in found}, key=int)
+        raise UadError(f"{out}: {len(queued)} runs are in the queue of SLURM: wait for them (uad status {out}), or cancel them: scancel {' '.join(ids)}")
 
 @app.command()
 def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--train", help="Train from scratch. (This version ships no weights, so the demo always does.)")] = False,
@@ -104,7 +125,7 @@ def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--tr
 def run(study: Annotated[str, typer.Argument(help="A packaged study (ablation, demo, demo-models, paper, paper-data, real-t1, released-code) or a YAML file.")], data: Data = None,
         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results (default: runs/STUDY).")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
-        engine: Annotated[str, typer.Option(help="Where runs are executed: local.")] = "local", verbose: Verbose = False):
+        engine: Annotated[str, typer.Option(help="Where runs are executed: local, or slurm (as jobs of a cluster, see engine.slurm in the study).")] = "local", verbose: Verbose = False):
     "Run a study: prepare, train, evaluate, report. What is finished is not done again."
     _run(study, data, out or Path("runs")/Path(study).stem, dry_run, engine, verbose)
 
@@ -151,16 +172,22 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
     "What is done, failed or unfinished (running, or stopped) in a folder of results."
     from uad_study.core import read_json
     from uad_study.runs import RESULT, RUN
-    import json
+    from uad_study.slurm import job_states
     folders = sorted((f.parent for f in Path(out).glob("*/run.json")), key=lambda f: (f/"run.json").stat().st_mtime)
     if not folders: raise UadError(f"{out}: holds no runs: name a folder that `uad run` or `uad demo` wrote")
+    jobs = job_states(out)
     for f in folders:
-        label = read_json(f/"run.json", RUN)["label"]
+        label, job = read_json(f/"run.json", RUN)["label"], jobs.get(f.name, "")
         if (f/"result.json").exists(): print(f"done       {label:<36} {read_json(f/'result.json', RESULT)['provenance']['seconds']:.0f} s")
+        elif job and not (job.startswith(("failed", "ended")) and (f/"error.txt").exists()): print(f"{job.split(' ')[0].rstrip(':,'):<10} {label:<36} {_progress(f) if job.startswith('running') else ''}{job}")
         elif (f/"error.txt").exists(): print(f"failed     {label:<36} {(f/'error.txt').read_text().strip()}")
-        else:
-            try: p = json.loads((f/"progress.json").read_text()); print(f"unfinished {label:<36} {p['done']}/{p['total']} {p['text']}")
-            except (OSError, ValueError): print(f"unfinished {label}")
+        else: print(f"unfinished {label:<36} {_progress(f)}".rstrip())
+
+def _progress(folder: Path) -> str:
+    import json
+    try: p = json.loads((folder/"progress.json").read_text())
+    except (OSError, ValueError): return ""
+    return f"{p['done']}/{p['total']} {p['text']} "
 
 @app.command()
 def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders of results (default: runs/demo). Several are reported as one: folds from several machines, or methods judged on the same volumes.")] = None,
