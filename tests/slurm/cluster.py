@@ -1,8 +1,9 @@
 "A real SLURM of one node, started for the tests in a temporary folder and on loopback alone, stopped after them; and what tests do to it. (No conftest.py: its name is taken by that of the other tests.)"
 import json, os, shutil, signal, socket, subprocess, time
 from pathlib import Path
-import pytest
+import pytest, torch
 from conftest import TINY
+from uad_study import runs
 
 
 CONF = """ClusterName=ci
@@ -98,11 +99,34 @@ def empty_queue(request):
 ENGINE = "engine: {{device: cpu, slots: 1, threads: 1, slurm: {{partition: gpu, cpus: 1, memory_gb: 2, gres: 'gpu:1', time: 60, signal_seconds: 40{more}}}}}\n"
 
 
-def write_study(folder, steps=12, more="", contrasts="T2w", extra="", tiny=TINY):
-    "A tiny study as a YAML file. `more`: settings of engine.slurm; `extra`: more lines."
-    p = Path(folder)/"s.yaml"
-    p.write_text(tiny.replace("contrasts: [T2w]", f"contrasts: [{contrasts}]").replace("steps: 12", f"steps: {steps}") + ENGINE.format(more=f", {more}" if more else "") + extra)
-    return p
+def write_study(folder, steps=12, more="", contrasts="T2w", extra=""):
+    "A tiny study as a YAML file, its judging made short. `more`: settings of engine.slurm; `extra`: a change of its text, (old, new)."
+    text = TINY.replace("contrasts: [T2w]", f"contrasts: [{contrasts}]").replace("steps: 12", f"steps: {steps}").replace("[intensity, l1, ssim_0.3, ssim_0.9, ssim_1.7, ssim_uniform, ssim_ens]", "[intensity, l1, ssim_0.9]")
+    text = text.replace("report: {steps_val: 1, steps_test: 1}", "report: {steps_val: 0, steps_test: 0, post_val: 0, post_test: 0}").replace("snapshots: [4]", "snapshots: []")
+    settings = dict(partition="gpu", cpus=1, memory_gb=2, gres="gpu:1", time=60, signal_seconds=40) | (more or {})
+    (Path(folder)/"s.yaml").write_text((text.replace(*extra) if extra else text) + "engine: " + json.dumps(dict(device="cpu", slots=1, threads=1, slurm=settings)) + "\n")
+    return Path(folder)/"s.yaml"
+
+
+def run_here(out, study, run):
+    "Execute one planned run without SLURM, as the local engine does."
+    runs.write_run(out, run, study, "cpu")
+    assert runs.start_run(out, run, 1).wait() == 0, (Path(out)/run.folder/"log.txt").read_text()
+
+
+def trained(out):
+    "What a training left that must not depend on interruptions: the losses, the weights, the choice of the best."
+    [f] = Path(out).glob("train-*")
+    losses = [{k: v for k, v in json.loads(l).items() if k in ("step", "loss", "val_loss", "lr")} for l in (f/"metrics.jsonl").read_text().splitlines()]
+    weights = torch.load(f/"best.pt", weights_only=False, map_location="cpu")
+    tensors = lambda d, at="": {k: v for n, x in d.items() for k, v in (tensors(x, f"{at}{n}.") if isinstance(x, dict) else {f"{at}{n}": x}).items()}
+    return [l for l in losses if "step" in l], {k: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for k, v in tensors(weights).items() if isinstance(v, (torch.Tensor, int, float))}
+
+
+def saved(out):
+    "The step of the newest whole checkpoint."
+    [f] = Path(out).glob("train-*/last.pt")
+    return torch.load(f, weights_only=False, map_location="cpu")["step"]
 
 
 def sh(*command): return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
