@@ -104,13 +104,13 @@ def answer(monkeypatch, **said):
 def test_states_of_jobs(tmp_path, monkeypatch):
     slurm._record(tmp_path, [dict(id=f"4_{i}", stage="train", runs=[f"train-{i}"], after="", submitted="") for i in range(4)])
     answer(monkeypatch, squeue=(0, SQUEUE, ""))
-    assert slurm.job_states(tmp_path) == {"train-0": "running (requeued), job 4_0", "train-1": "queued: a node is drained, down or reserved [ReqNodeNotAvail, UnavailableNodes:n1], job 4_1",
-                                          "train-2": "cancelled: what it needs failed, job 4_2", "train-3": "left the queue without a word, job 4_3"}
+    assert slurm.job_states(tmp_path) == {"train-0": "running: job 4_0, requeued", "train-1": "queued: job 4_1, a node is drained, down or reserved [ReqNodeNotAvail, UnavailableNodes:n1]",
+                                          "train-2": "cancelled: job 4_2, what it needs failed", "train-3": "gone: job 4_3, SLURM has forgotten it: run again to go on"}
     assert slurm.live(tmp_path) == {"train-0": ["4_0"], "train-1": ["4_1"]}
     answer(monkeypatch, squeue=(0, SQUEUE, ""), sacct=(0, "4_3|CANCELLED by 0|None\n", ""))
-    assert slurm.job_states(tmp_path)["train-3"] == "cancelled, job 4_3"
+    assert slurm.job_states(tmp_path)["train-3"] == "cancelled: job 4_3"
     answer(monkeypatch, squeue=(1, "", "slurm_load_jobs error: Invalid job id specified"), sacct=(1, "", "accounting storage is disabled"))
-    assert slurm.live(tmp_path) == {} and slurm.job_states(tmp_path)["train-0"].startswith("left the queue")
+    assert slurm.live(tmp_path) == {} and slurm.job_states(tmp_path)["train-0"].startswith("gone: job 4_0")
     answer(monkeypatch, squeue=(1, "", "squeue: error: Unable to contact slurm controller"))
     assert "Unable to contact" in slurm.job_states(tmp_path)["train-0"]
     with pytest.raises(UadError, match="^squeue: Unable to contact"): slurm.live(tmp_path)                                    # no second job out of ignorance

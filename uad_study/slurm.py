@@ -12,7 +12,8 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from . import runs
-from .core import UadError, os_error, read_json, write_json
+from .core import UadError, atomic_file, os_error, read_json, write_json
+from .engines import failed_again, write_plan
 from .runs import Run, SlurmConfig, Study
 
 # %% ../nbs/56_slurm.ipynb #c4081c24
@@ -67,23 +68,24 @@ REASONS = {"Dependency": "waits for the runs it needs", "DependencyNeverSatisfie
 WORDS = {"CANCELLED": "cancelled", "COMPLETED": "ended", "FAILED": "failed", "NODE_FAIL": "node failed", "TIMEOUT": "timed out", "OUT_OF_MEMORY": "out of memory: raise engine.slurm.memory_gb", "PREEMPTED": "preempted",
          "BOOT_FAIL": "node failed", "DEADLINE": "timed out", "REVOKED": "cancelled"}
 
-def say(state: str, reason: str, restarts: int) -> str:
-    "One sentence for a job's state, reason and number of restarts."
-    again = f" (requeued{f' {restarts} times' * (restarts > 1)})" if restarts else ""
-    if state in WORDS: return WORDS[state] + (": what it needs failed" if reason in ("Dependency", "DependencyNeverSatisfied") and state == "CANCELLED" else "") + again
-    if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT"): return "running" + again
-    if state == "SUSPENDED": return "suspended" + again
-    known = next((v for k, v in REASONS.items() if reason == k or reason.startswith(f"{k},")), None)
-    return ("queued" if not restarts else f"queued again{again}") + (f": {known} [{reason}]" if known else f": {reason}" if known is None and reason else "")
+def say(job: str, state: str, reason: str = "", restarts: int = 0) -> str:
+    "A word for a job's state, and after a colon what a person may want to know of it."
+    notes = [f"job {job}", f"requeued{f' {restarts} times' * (restarts > 1)}" if restarts else ""]
+    if state == "CANCELLED" and reason.startswith("Dependency"): notes.append("what it needs failed")
+    if state in WORDS: word, _, mend = WORDS[state].partition(": "); notes.append(mend)
+    else:
+        word = "suspended" if state == "SUSPENDED" else "running" if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT") else "queued"
+        known = next((v for k, v in REASONS.items() if reason == k or reason.startswith(f"{k},")), None)
+        if word == "queued": notes.append(f"{known} [{reason}]" if known else "" if known == "" else reason)
+    return f"{word}: {', '.join(n for n in notes if n)}"
 
 def job_states(out) -> dict[str, str]:
-    "What SLURM says of the runs in `out` that have a job: folder -> a sentence. Only `result.json` says that a run is done. {} where there is no SLURM, or nothing was submitted."
+    "What SLURM says of the runs in `out` that have a job: folder -> 'word: more', such as 'queued: job 7, why'. Only `result.json` says that a run is done. {} where there is no SLURM, or nothing was submitted."
     jobs = read_jobs(out)
     if not jobs or not shutil.which("squeue"): return {}
     try: known = queue([j["id"] for j in jobs])
     except UadError as e: return {f: f"unknown: {e}" for j in jobs for f in j["runs"]}
-    gone = "left the queue without a word"
-    return {f: f"{say(*known[j['id']]) if j['id'] in known else gone}, job {j['id']}" for j in jobs for f in j["runs"]}
+    return {f: say(j["id"], *known[j["id"]]) if j["id"] in known else f"gone: job {j['id']}, SLURM has forgotten it: run again to go on" for j in jobs for f in j["runs"]}
 
 # %% ../nbs/56_slurm.ipynb #bfe060f6
 @dataclass(eq=False)
@@ -167,7 +169,7 @@ class Job:
         "Execute one run; whether it has a result then."
         if runs.done(self.out, r): print(f"{r.label}: done already"); return True
         if r.stage == "report" and (missing := [n for n in r.needs if not (Path(self.out)/n/"result.json").exists()]): return self._partial(r, missing)
-        runs.write_run(self.out, r, self.study, self._device())
+        runs.write_run(self.out, r, self.study, self.study.engine.device)             # 'auto' is looked up by the run, on this node, in the container
         config = self.study.engine
         code = self._wait(r, config.threads or int(os.environ.get("SLURM_CPUS_PER_TASK") or runs.cores()))
         if self.asked and code: self._linger()
@@ -183,18 +185,6 @@ class Job:
         with _shield(): self.child = runs.start_run(self.out, r, threads) if not container else _start_in(container, Path(self.out)/r.folder, threads)
         while not _ended(self.child): time.sleep(.2)
         return self.child.wait()
-
-    def _device(self) -> str:
-        "The device of the study, 'auto' looked up where the run will be: on this node, in the container."
-        if self.study.engine.device != "auto": return self.study.engine.device
-        container, setting = shlex.split(self.study.engine.slurm.container), "engine.slurm." + ("container" if self.study.engine.slurm.container else "setup")
-        command = [*container, "python" if container else sys.executable, "-c", "from uad_study.runs import pick_device; print('device', pick_device())"]
-        try:
-            with _shield(): p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        except OSError as e: raise UadError(f"{setting}: {command[0]}: {e.strerror}: mend it, or load it in engine.slurm.setup") from None
-        said, error = p.communicate()
-        if p.returncode or "device " not in said: raise UadError(f"{setting}: this package does not start there ({(error.strip().splitlines() or ['no output'])[-1]}): mend it")
-        return said.split()[-1]
 
     def _partial(self, r: Run, missing: list) -> bool:
         "The report of what there is, straight to OUT; the report run itself waits until nothing is missing. Always False."
@@ -296,12 +286,15 @@ def _executor(study: Study, folder: Path, array: Array):
     return executor
 
 # %% ../nbs/56_slurm.ipynb #78b46807
-def submit(study: Study, out, data_dir=None, only=None) -> list[Array]:
-    """Submit what is missing of a study in `out` to SLURM and return at once: the arrays, with the `ids` of their jobs. `only`: restrict it to the runs with these folders.
+def submit(study: Study, out, data_dir=None, only_failed: bool = False, dry_run: bool = False, only=None) -> list[Array]:
+    """Submit what is missing of a study in `out` to SLURM and return at once: the arrays, with the `ids` of their jobs.
 
+    `only_failed`: of what is missing, only the runs that failed before, and those that need them; `only`: restrict it to these folders. `dry_run`: tell the arrays, submit nothing.
     Raises `UadError` when SLURM or submitit is not there, when another driver works in `out`, and when sbatch refuses: then nothing stays in the queue."""
-    _check_slurm()
     planned, data_dir = runs.plan(study, data_dir), str(Path(data_dir).resolve()) if data_dir else None
+    if only_failed: only = {r.folder for r in failed_again(Path(out), planned)}
+    if dry_run: return arrays(planned, out, live(out), only)
+    _check_slurm()
     with _locked(out) as out, _clean_environment():
         before, todo = read_jobs(out), arrays(planned, out, live(out), only)
         if not todo:
@@ -309,10 +302,11 @@ def submit(study: Study, out, data_dir=None, only=None) -> list[Array]:
             return []
         folder = out.resolve()/"slurm"
         there = set(folder.glob("*")) | set(folder.glob(".*"))
-        new = [r for a in todo for item in a.items for r in item if r.stage == "report" or not (out/r.folder/"run.json").exists()]
-        made = [r for r in new if not (out/r.folder).exists()]
+        plan_before = (out/"plan.json").read_bytes() if (out/"plan.json").exists() else None
+        new_report = not (out/planned[-1].folder).exists()
         try:
-            for r in new: runs.write_run(out, r, study, study.engine.device)          # what is planned is known from now on
+            write_plan(out, study, planned)                                           # what is planned is known from now on
+            if not runs.done(out, planned[-1]): runs.write_run(out, planned[-1], study, study.engine.device)
             for a in todo:
                 jobs = [Job(str(out.resolve()), study, item, data_dir) for item in a.items]
                 with redirect_stderr(io.StringIO()): a.ids = [j.job_id for j in _executor(study, folder, a).submit_array(jobs)]       # what sbatch says is in the exception, too
@@ -323,7 +317,10 @@ def submit(study: Study, out, data_dir=None, only=None) -> list[Array]:
             if before: write_json(out/"jobs.json", dict(jobs=before), JOBS)
             else: (out/"jobs.json").unlink(missing_ok=True)
             for p in (set(folder.glob("*")) | set(folder.glob(".*"))) - there: p.unlink(missing_ok=True)
-            for r in made: shutil.rmtree(out/r.folder, ignore_errors=True)
+            if new_report: shutil.rmtree(out/planned[-1].folder, ignore_errors=True)
+            if plan_before is None: (out/"plan.json").unlink(missing_ok=True)
+            else:
+                with atomic_file(out/"plan.json") as tmp: tmp.write_bytes(plan_before)
             if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
             if type(e).__name__ in ("FailedJobError", "FailedSubmissionError"): raise UadError(f"sbatch: {_said(str(e))}: see engine.slurm in the study; nothing was submitted") from None
             raise
