@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from . import runs
 from .core import UadError, atomic_file, os_error, read_json, write_json
-from .engines import failed_again, write_plan
+from .engines import failed_again
 from .runs import Run, SlurmConfig, Study
 
 # %% ../nbs/56_slurm.ipynb #c4081c24
@@ -305,7 +305,7 @@ def submit(study: Study, out, data_dir=None, only_failed: bool = False, dry_run:
         plan_before = (out/"plan.json").read_bytes() if (out/"plan.json").exists() else None
         new_report = not (out/planned[-1].folder).exists()
         try:
-            write_plan(out, study, planned)                                           # what is planned is known from now on
+            runs.write_plan(out, study, planned)                                           # what is planned is known from now on
             if not runs.done(out, planned[-1]): runs.write_run(out, planned[-1], study, study.engine.device)
             for a in todo:
                 jobs = [Job(str(out.resolve()), study, item, data_dir) for item in a.items]
