@@ -149,7 +149,7 @@ def test_the_report_is_of_the_study_that_ran_last(instant, tmp_path):
     for name in "aba":
         engines.run_study(runs.read_study(tmp_path/f"{name}.yaml"), out)
         for file in ("report.html", "interactive.html", "table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "figures/a.png", "tables/a.tex"): assert f"Study {name}" in (out/file).read_text()
-        newest = max(out.glob("report-*/run.json"), key=lambda p: p.stat().st_mtime)          # what `uad report` takes
+        newest = runs.planned_report(out)          # what `uad report` takes
         assert json.loads(newest.read_text())["parameters"]["title"] == f"Study {name}"
     assert len(instant[0]) == 5
     shutil.rmtree(newest.parent/"figures")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SLURM_OWN', 'STUDY', 'STUDY_KEYS', 'PARTS', 'STAGES', 'RUN', 'RESULT', 'THREADS', 'ATTEMPT', 'STOPPED_CODE', 'GRACE',
-           'SlurmConfig', 'EngineConfig', 'Entry', 'Study', 'packaged_studies', 'read_study', 'Run', 'slug', 'plan',
-           'done', 'failed_subjects', 'stage_notebook', 'check_parameters', 'injected_parameters', 'provenance',
+           'PLAN', 'SlurmConfig', 'EngineConfig', 'Entry', 'Study', 'packaged_studies', 'read_study', 'Run', 'slug',
+           'plan', 'done', 'failed_subjects', 'stage_notebook', 'check_parameters', 'injected_parameters', 'provenance',
            'cores', 'pick_device', 'device_name', 'Ticker', 'parallel_map', 'write_run', 'note_attempt', 'attempts',
-           'execute_run', 'write_metrics', 'main', 'out_folder', 'start_run', 'read_progress', 'publish']
+           'execute_run', 'write_metrics', 'main', 'out_folder', 'start_run', 'read_progress', 'write_plan',
+           'planned_report', 'publish']
 
 # %% ../nbs/41_runs.ipynb #50a81004
 import importlib.metadata, json, os, platform, re, shutil, signal, subprocess, sys, threading, time
@@ -598,7 +599,7 @@ def out_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-        remove_leftovers(out, out/"figures", *out.glob("train-*"))
+        if not (out/"jobs.json").exists(): remove_leftovers(out, out/"figures", *out.glob("train-*"))          # else jobs of a cluster may be writing there
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
@@ -619,12 +620,25 @@ def read_progress(out, folder: str) -> dict:
     return p if isinstance(p, dict) else {}
 
 # %% ../nbs/41_runs.ipynb #a1863739
+PLAN = "uad-plan/1"
+
+def write_plan(out, study: Study, planned: list[Run]):
+    "Write `out`/plan.json: the runs of a study in the order in which they can run. The last is the report that the folder stands for from now on."
+    write_json(Path(out)/"plan.json", dict(study=study.name, title=study.title, runs=[dict(folder=r.folder, label=r.label, stage=r.stage, needs=r.needs) for r in planned]), PLAN)
+
+def planned_report(out) -> Path | None:
+    "The run.json of the report that `out` stands for: of its plan, else the newest there; None where there is none."
+    try: name = read_json(Path(out)/"plan.json", PLAN)["runs"][-1]["folder"]
+    except (UadError, LookupError): name = None
+    found = Path(out)/(name or "")/"run.json"
+    return found if name and found.is_file() else max(Path(out).glob("report-*/run.json"), key=lambda f: f.stat().st_mtime, default=None)
+
 def publish(out, report: Run):
-    "Copy what a finished report run wrote to `out`, each file whole or not at all, and make it the newest report there."
+    "Copy what a finished report run wrote to `out`, each file whole or not at all."
     folder, out, names, folders = Path(out)/report.folder, Path(out), ("table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "interactive.html", "report.html"), ("figures", "tables")
     if missing := [n for n in (*names, *folders) if not (folder/n).exists()]: raise UadError(f"{folder/missing[0]}: is missing: delete the folder {folder.name} and run again")
     for n in folders:
         with atomic_dir(out/n) as tmp: shutil.copytree(folder/n, tmp, dirs_exist_ok=True)
     for n in names:
         with atomic_file(out/n) as tmp: shutil.copyfile(folder/n, tmp)
-    os.utime(folder/"run.json")
+

@@ -94,13 +94,24 @@ class Team:
         "Write a checkpoint; called by all processes, written by the first."
         self.fabric.save(path, content) if self.fabric else _write(path, content)
 
+class _Sum(torch.autograd.Function):
+    "The sum over the processes of a team, of values and of gradients (torch.distributed.nn has it, and drops it)."
+    @staticmethod
+    def forward(ctx, x): return _all_sum(x)
+    @staticmethod
+    def backward(ctx, gradient): return _all_sum(gradient)
+
+def _all_sum(x):
+    x = x.clone()
+    torch.distributed.all_reduce(x)
+    return x
+
 class _TeamBatchNorm(torch.nn.BatchNorm2d):
     "Batch norm over the shares of all processes: weights, buffers and, up to rounding, results are those of batch norm on the whole batch."
     def forward(self, x):
         if not self.training: return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
         team = torch.distributed.get_world_size()
-        def mean(v): return all_reduce(v.mean((0, 2, 3))) / team
+        def mean(v): return _Sum.apply(v.mean((0, 2, 3))) / team
         y = x.float()
         m = mean(y); y = y - m[:, None, None]
         v, n = mean(y.square()), team * x.numel() // x.shape[1]
@@ -441,7 +452,7 @@ def _launch(device: str, devices: int):
     from lightning_fabric.strategies import DDPStrategy
     class Whole(TorchCheckpointIO):
         def save_checkpoint(self, checkpoint, path, storage_options=None): _write(path, checkpoint)
-    fabric = Fabric(accelerator=device, devices=devices, strategy=DDPStrategy(broadcast_buffers=False), plugins=[Whole()])
+    fabric = Fabric(accelerator=device, devices=devices, strategy=DDPStrategy(), plugins=[Whole()])
     fabric.launch()
     return fabric
 
