@@ -1,6 +1,6 @@
 "A study on a real SLURM of one node: the same table as at home, and what a cluster does to jobs. Each fault loses at most what came after the last checkpoint, and no result differs by a bit."
 import json, os, re, shutil, subprocess, time
-import pandas as pd, pytest
+import pandas as pd, psutil, pytest
 from cluster import drained, empty_queue, jobs, logs, run_here, saved, sh, slurm, state, step, trained, until, write_study
 from conftest import command, one_line, uad
 from uad_study import runs
@@ -157,15 +157,22 @@ def test_fault_requeued_by_the_administrator(slurm, at_home, tmp_path):
 
 
 def test_fault_node_fails(slurm, at_home, tmp_path):
-    "SLURM requeues by itself what ran on a node that is down (here the node comes back at once: its slurmd answers)."
+    "The node dies with all that runs there, and nothing is asked to save: SLURM requeues the job by itself, and it goes on from its last checkpoint when the node is back."
     path, out, job = training(at_home, tmp_path)
     at = begun(out)
-    assert not sh("scontrol", "update", "NodeName=localhost", "State=DOWN", "Reason=test").returncode
-    until("requeued", lambda: restarts(job))
-    assert re.search(rf"job {job}, requeued", uad("status", out).stdout), uad("status", out).stdout
+    stepd = subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{job}\."], capture_output=True, text=True).stdout.split()
+    dead = [psutil.Process(int(i)) for i in ((slurm/"run"/"slurmd.pid").read_text(), *stepd)]
+    for p in [*dead, *(c for p in dead[1:] for c in p.children(recursive=True))]:
+        try: p.kill()
+        except psutil.NoSuchProcess: pass
+    sh("scontrol", "update", "NodeName=localhost", "State=DOWN", "Reason=test")
+    until("waits again", lambda: state(job) == "PENDING")
+    assert re.search(rf"queued .*job {job}, requeued", uad("status", out).stdout), uad("status", out).stdout
+    assert saved(out) >= at - 1
+    sh("slurmd", "-f", slurm/"slurm.conf", "-N", "localhost")
     sh("scontrol", "update", "NodeName=localhost", "State=RESUME")
-    until("a second attempt", lambda: len(runs.attempts(*out.glob("train-*"))) == 2)
-    assert goes_on(out) >= at
+    goes_on(out)
+    assert [a["how"] for a in runs.attempts(*out.glob("train-*"))][0] == "killed"
     finished(out, at_home, job)
 
 
