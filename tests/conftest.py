@@ -11,6 +11,7 @@ models:
 train: {steps: 12, batch_size: 4, lr: 0.001, val_every: 4, val_slices: 8, snapshots: [4], checkpoint_minutes: 0}
 scores: {names: [intensity, l1, ssim_0.3, ssim_0.9, ssim_1.7, ssim_uniform, ssim_ens]}
 report: {steps_val: 1, steps_test: 1}
+engine: {threads: 1}
 """
 
 
