@@ -599,7 +599,7 @@ def out_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-        remove_leftovers(out, out/"figures", *out.glob("train-*"))
+        if not (out/"jobs.json").exists(): remove_leftovers(out, out/"figures", *out.glob("train-*"))          # else jobs of a cluster may be writing there
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
