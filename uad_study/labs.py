@@ -175,7 +175,7 @@ def figure_sigmas(view: View, s: ViewState, sigmas=SIGMAS, temperature: float = 
     from matplotlib.cm import ScalarMappable
     panels = sigma_panels(view, s, sigmas, temperature)
     fig, axes = plt.subplots(2, len(sigmas) + 1, figsize=(.95 * (len(sigmas) + 1) + .7, 2.5), dpi=80, layout="constrained")
-    fig.get_layout_engine().set(w_pad=.01, h_pad=.05, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.09, wspace=0, hspace=0)
     for axs, kind, first in zip(axes, ("map", "weight"), ("input", "truth")):
         for ax, name in zip(axs, [first, *(f"{kind} {v:g}" for v in sigmas)]):
             ax.imshow(panels[name]); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)

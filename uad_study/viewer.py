@@ -102,7 +102,7 @@ def restored_models(results: Results) -> list[Restored]:
         else:
             for d in sorted(folder.glob("reconstructions-*")):
                 v, info = open_reconstructions(d)
-                if info["step"] == step and (info.get("restore") or {}) == (q.get("restore_config") or {}): volumes |= v
+                if info["step"] == step and (info.get("restore") or {}) == (q.get("restore_config") or {}) and e["results"].get("checkpoint_sha256") in (None, info.get("checkpoint_sha256")): volumes |= v
         how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
                      name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, **how)
