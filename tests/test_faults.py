@@ -2,7 +2,7 @@
 import errno, json, os, shutil
 import numpy as np, pandas as pd, pytest
 from conftest import TINY, one_line, uad
-from uad_study import cli, cohort, prepare, runs
+from uad_study import cli, cohort, engines, prepare, runs
 from uad_study.core import UadError
 
 
@@ -183,12 +183,12 @@ def test_fault_folder_that_cannot_be_written(tmp_path, monkeypatch, tiny_yaml):
         m.setattr(shutil, "copyfile", refuse)
         with pytest.raises(UadError, match="labs.ipynb: cannot be written: no permission"): cli.explore(tmp_path)
         m.setattr(shutil, "rmtree", refuse)
-        with pytest.raises(UadError, match="old: cannot be written: no permission"): cli.clean(tmp_path, str(tiny_yaml), None, True)
+        with pytest.raises(UadError, match="old: cannot be written: no permission"): cli.clean(tmp_path, [str(tiny_yaml)], None, True)
 
 
 def test_workers_keep_to_the_cores_of_this_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert runs.resolve_engine(runs.EngineConfig("cpu")) == ("cpu", 1, 1) and runs.provenance()["cores"] == 1
+    assert engines.resolve_engine(runs.EngineConfig("cpu")) == ("cpu", [""], 1) and runs.provenance()["cores"] == 1
     pids, threads = zip(*runs.parallel_map(eval, ["(__import__('os').getpid(), __import__('os').environ['OMP_NUM_THREADS'])"] * 4))
     assert len(set(pids)) == 1 and set(threads) == {"1"}
 

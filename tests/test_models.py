@@ -98,7 +98,7 @@ def test_resume_and_half_precision_on_a_gpu(cohort, name, tmp_path):
     small = dict(ddpm=dict(channels=[32, 64], num_res_blocks=1, num_head_channels=32, norm_num_groups=16), ae=dict(), dae=dict(channels=[16, 32, 64]))[name]
     model, config = model_config(small | dict(name=name)), TrainConfig(steps=60, batch_size=8, lr=1e-3, val_every=20, val_slices=32, ema=.9, augment=True)
     class Killed(Exception): pass
-    def kill(step, *_):
+    def kill(step, *_, **facts):
         if step == 37: raise Killed
     whole = train(cohort, "T2w", 0, model, config, tmp_path/"whole", "cuda")
     with pytest.raises(Killed): train(cohort, "T2w", 0, model, dataclasses.replace(config, checkpoint_minutes=0), tmp_path/"killed", "cuda", tick=kill)

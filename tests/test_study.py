@@ -3,7 +3,7 @@ import json, os, re, shutil, signal, subprocess, time
 from pathlib import Path
 import pandas as pd, pytest
 from conftest import TINY, command, one_line, uad
-from uad_study import cli, runs
+from uad_study import cli, engines, runs
 from uad_study.cohort import FORMAT
 from uad_study.core import UadError, file_sha256, write_json
 from uad_study.results import TABLE_COLUMNS
@@ -128,7 +128,7 @@ class Instant:
 def instant(monkeypatch):
     "Runs that take no time. Gives the labels of those that ran, and the list of subjects that the next preparation loses."
     ran, lost = [], []
-    def start(out, run, threads):
+    def start(out, run, threads, gpus=""):
         folder, results = out/run.folder, {}
         ran.append(run.label)
         if run.stage == "prepare":
@@ -147,13 +147,13 @@ def test_the_report_is_of_the_study_that_ran_last(instant, tmp_path):
     out = tmp_path/"out"
     for name in "ab": (tmp_path/f"{name}.yaml").write_text(TINY.replace("A tiny study", f"Study {name}"))
     for name in "aba":
-        runs.run_study(runs.read_study(tmp_path/f"{name}.yaml"), out)
+        engines.run_study(runs.read_study(tmp_path/f"{name}.yaml"), out)
         for file in ("report.html", "interactive.html", "table.csv", "cases.csv", "cases.parquet", "judgement.json", "provenance.json", "figures/a.png", "tables/a.tex"): assert f"Study {name}" in (out/file).read_text()
-        newest = max(out.glob("report-*/run.json"), key=lambda p: p.stat().st_mtime)          # what `uad report` takes
+        newest = runs.planned_report(out)          # what `uad report` takes
         assert json.loads(newest.read_text())["parameters"]["title"] == f"Study {name}"
     assert len(instant[0]) == 5
     shutil.rmtree(newest.parent/"figures")
-    with pytest.raises(UadError, match="figures: is missing: delete the folder report-"): runs.run_study(runs.read_study(tmp_path/"a.yaml"), out)
+    with pytest.raises(UadError, match="figures: is missing: delete the folder report-"): engines.run_study(runs.read_study(tmp_path/"a.yaml"), out)
 
 
 @pytest.fixture
@@ -173,11 +173,11 @@ def test_a_failed_subject_is_told_and_tried_again(instant, real, tmp_path, capsy
     with pytest.raises(UadError, match="1 subject failed .* run again"): cli._run(tmp_path/"real.yaml", data, out, False, "local", False)
     said = capsys.readouterr().out
     assert "h2: cannot be read" in said and "report.html" in said and len(ran) == 4           # the rest of the study ran
-    assert runs.run_study(study, out, data) == lost and len(ran) == 5                          # prepared again; the same cohort, so nothing else
+    assert engines.run_study(study, out, data) == lost and len(ran) == 5                          # prepared again; the same cohort, so nothing else
     lost.clear()
-    assert runs.run_study(study, out, data) == [] and len(ran) == 9                            # mended: everything again ...
+    assert engines.run_study(study, out, data) == [] and len(ran) == 9                            # mended: everything again ...
     assert len(list(out.glob("train-*-cohort-*/result.json"))) == 1                            # ... and the old training was put aside, not lost
-    assert runs.run_study(study, out, data) == [] and len(ran) == 9
+    assert engines.run_study(study, out, data) == [] and len(ran) == 9
 
 
 def test_a_scan_that_changes_makes_another_key(real):

@@ -17,7 +17,7 @@ from .cohort import Cohort, Item, write_cohort, write_reconstructions
 from .evaluate import kept_restorations
 from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
-from .runs import RESULT, RUN, STAGES
+from .runs import RESULT, RUN, STAGES, planned_report
 from .scores import SIGMAS
 from .volume import load_map
 
@@ -227,8 +227,8 @@ def gather(folders, title: str = "") -> Results:
     for folder in map(Path, folders):
         if not folder.is_dir(): raise UadError(f"{folder}: no such folder")
         for root in sorted({f.parent.parent for f in folder.rglob("evaluate-*/run.json")} | {f.parent.parent for f in folder.rglob("report-*/run.json")}):
-            planned = sorted(root.glob("report-*/run.json"), key=lambda f: f.stat().st_mtime)
-            if planned: plans.append(read_json(planned[-1], RUN))
+            planned = planned_report(root)
+            if planned: plans.append(read_json(planned, RUN))
             wanted = planned and {Path(d).name for d in plans[-1]["parameters"]["evaluate_dirs"]}
             for d in sorted(f.parent for f in root.glob("evaluate-*/run.json")):
                 if planned and d.name not in wanted: continue

@@ -362,7 +362,7 @@ def table_auprc(results: Results) -> Table:
     "Area under the precision-recall curve of pooled test voxels (mean over folds), in brackets the mean over patients of each volume's own; last what a map that is the same everywhere in the brain reaches, and the prevalence."
     numbers = Numbers(results)
     t = Table("auprc", "AUPRC of pooled test voxels [mean over patients of each volume's own], and what a map reaches that is the same everywhere in the brain.", ["model", "score", *(place_label(*place) for place in numbers.places)])
-    for name in ["no model", *results.models]:
+    for name in ["no model", *results.models] if results.models else []:
         m = results.models[0] if name == "no model" else name                             # plain intensity is the same beside every model
         for s in [s for s in score_order(results.rows(model=m).score) if (s in PLAIN) == (name == "no model")]:
             rows = {(p, c): numbers.table.get((m, c, p, s)) for p, c in numbers.places}
