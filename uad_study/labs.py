@@ -412,7 +412,7 @@ class WhyMissed:
         self.model = w.Dropdown(options=[(m.label, i) for i, m in enumerate(view.models)], value=model, description="model", **wide)
         self.pathology = w.Dropdown(description="pathology", **wide)
         self.score, self._wanted, self._quiet = w.Dropdown(description="score", **wide), score, False
-        self.rule = w.Dropdown(options=[("validation (unhealthy)", "val"), ("healthy scans only", "healthy")], description="threshold", **wide)
+        self.rule = w.Dropdown(options=[("validation patients", "val"), ("healthy scans only", "healthy")], description="threshold", **wide)
         self.image, self.text = w.Image(format="png", layout=w.Layout(width="860px")), w.HTML()
         for c, name in ((self.model, "model"), (self.pathology, "pathology"), (self.score, "score"), (self.rule, "rule"), (self.image, "image"), (self.text, "text")): c.add_class(f"uad-why-{name}")
         self.widget = w.VBox([w.HBox([self.model, self.pathology, self.score, self.rule], layout=w.Layout(flex_flow="row wrap")), self.image, self.text])
@@ -527,7 +527,7 @@ class ReconstructionLab:
         values = q[["ssim", "copied"]].to_numpy()
         fig.add_trace(go.Scatter(x=[0, 0], y=[min(0, np.nanmin(values)), max(1, np.nanmax(values))], mode="lines", line=dict(color="#808080", dash="dot"), showlegend=False, hoverinfo="skip"), 1, 4)
         for k in (1, 2, 3): fig.update_xaxes(visible=False, row=1, col=k).update_yaxes(visible=False, row=1, col=k)
-        fig.update_xaxes(title_text="noise level t", gridcolor="rgba(128,128,128,.25)", row=1, col=4).update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", row=1, col=4)
+        fig.update_xaxes(title_text="noise level t", zeroline=False, gridcolor="rgba(128,128,128,.25)", row=1, col=4).update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", row=1, col=4)
         fig.update_layout(width=1060, height=300, margin=dict(l=0, r=10, t=28, b=36), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color="#808080"),
                           legend=dict(orientation="h", y=1.02, x=1, xanchor="right", yanchor="bottom"), uirevision="kept")
         fig.layout.annotations[3].text = ""
