@@ -5,9 +5,9 @@ from training import assert_same_end, go, metrics, small, weights, write_heads
 from uad_study.core import Stopped, UadError
 from uad_study.train import TrainConfig
 
-# Measured over 20 steps at lr 1e-5 (the paper's): training losses differ by 4e-7 or less, validation losses by 4e-5 or less. Adam blows rounding up where gradients are nearly zero (as of a
-# bias before batch norm): at lr 1e-3 two processes differ from one as much (2e-3) as two threads differ from one thread (4e-3).
-LOSS, VAL = 1e-5, 3e-4
+# Measured: training losses differ by 4e-6 or less over the first 11 steps and by 3e-5 or less over 40; validation losses by 4e-5 or less. Adam blows rounding up where gradients are nearly zero
+# (as of a bias before batch norm), and two threads against one thread differ as much: 3e-5 over these 40 steps of the autoencoder; at lr 1e-3, 4e-3 (two processes: 2e-3).
+EARLY, LOSS, VAL = 1e-5, 1e-4, 3e-4
 CONFIG = TrainConfig(steps=20, batch_size=4, lr=1e-4, val_every=5, val_slices=26, snapshots=(10,), ema=.9, clip_norm=1., augment=True, checkpoint_minutes=60)
 
 
@@ -36,7 +36,7 @@ def interrupt(): os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def assert_close(one, two, a: Curve, b: Curve):
-    for s in b.losses: assert b.losses[s] == pytest.approx(a.losses[s], rel=LOSS), s
+    for s in b.losses: assert b.losses[s] == pytest.approx(a.losses[s], rel=EARLY if s < 12 else LOSS), s
     for x, y in zip(metrics(one), metrics(two), strict=True):
         assert x["step"] == y["step"] and y["val_loss"] == pytest.approx(x["val_loss"], rel=VAL) and y.get("loss", 0) == pytest.approx(x.get("loss", 0), rel=LOSS)
     for f in ("best.pt", "snapshot-000010.pt"):

@@ -1,7 +1,7 @@
 "Trainings killed at any moment, stopped, on a full disk, with damaged checkpoints: each ends as one that nothing happened to, bit for bit."
-import builtins, dataclasses, errno, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
+import dataclasses, errno, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 from training import assert_same_end, go, metrics, write_heads
 from uad_study.cohort import Cohort
 from uad_study.core import Stopped, UadError, remove_leftovers
@@ -11,14 +11,14 @@ CONFIG = TrainConfig(steps=12, batch_size=4, lr=1e-3, val_every=4, val_slices=8,
 NAMES = ("ddpm", "ae")
 
 
-def attempt(cohort, name, folder, die_at=None):
+def attempt(cohort, name, folder, die_at=None, **more):
     """One attempt, in a process of its own: exit code 0 when done, 3 when stopped. `die_at`: the process kills itself (SIGKILL) at that moment of its writing:
     before or after a file takes its name, or in the middle of a file."""
     torch.set_num_threads(1)
     Path(folder).mkdir(exist_ok=True)
     remove_leftovers(folder)                                          # as the process that starts a run does
     if die_at is not None: _die_while_writing(die_at)
-    try: go(Cohort(cohort), name, folder, CONFIG)
+    try: go(Cohort(cohort), name, folder, CONFIG if not more else dataclasses.replace(CONFIG, steps=400), **more)
     except Stopped: os._exit(3)
     os._exit(0)
 
@@ -104,6 +104,7 @@ def test_killed_training_resumes_to_the_same_end(attempts, cohort, whole, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_hundred_random_kills_of_a_training(attempts, cohort, whole, tmp_path):
     rng, kills, n = random.Random(3141), 0, 0
     while kills < 120:
@@ -115,10 +116,11 @@ def test_hundred_random_kills_of_a_training(attempts, cohort, whole, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_at_each_moment_of_writing(attempts, cohort, whole, tmp_path):
     "The first, second, third ... moment of an attempt that goes on from step 3 or so, until it has none left."
     assert attempts.end(cohort, "ae", tmp_path/"start", die_at=70) == -signal.SIGKILL
-    for moment in range(0, 400, 3):
+    for moment in range(0, 400, 11):
         shutil.copytree(tmp_path/"start", tmp_path/"x")
         code = attempts.end(cohort, "ae", tmp_path/"x", die_at=moment)
         if code == 0: break
@@ -229,3 +231,27 @@ def test_resumed_tensorboard_shows_each_step_once(cohort, tmp_path):
 def test_fault_without_tensorboard(cohort, tmp_path, monkeypatch):
     for m in ("tensorboard", "torch.utils.tensorboard"): monkeypatch.setitem(sys.modules, m, None)
     with pytest.raises(UadError, match="^engine.tensorboard: .*pip install 'uad_study.tensorboard.'"): go(Cohort(cohort), "ae", tmp_path, CONFIG, tensorboard=True)
+
+
+@pytest.mark.slow
+def test_killed_caller_of_two_processes(attempts, cohort, tmp_path):
+    "Those that it started notice, save, and end."
+    p = attempts.start(cohort, "ae", tmp_path/"x", devices=2)
+    while not (tmp_path/"x"/"last.pt").exists(): assert p.is_alive(); time.sleep(.05)
+    p.kill(); p.join()
+    def members(): return [q for q in os.listdir("/proc") if q.isdigit() and b"_member" in _command(q) and str(tmp_path).encode() in _folder(q)]
+    for _ in range(200):
+        if not members(): break
+        time.sleep(.1)
+    parts = json.loads((tmp_path/"x"/"parts.json").read_text())["parts"]
+    assert not members() and parts[-1]["how"] == "stopped" and parts[-1]["end"] == read_checkpoint(tmp_path/"x"/"last.pt")["step"] > 0
+
+
+def _command(pid) -> bytes:
+    try: return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError: return b""
+
+
+def _folder(pid) -> bytes:
+    try: return b" ".join(os.readlink(f).encode() for f in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError: return b""

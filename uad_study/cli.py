@@ -117,8 +117,7 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool, retr
     from uad_study.engines import run_study
     from uad_study.runs import done, plan, read_study
     setup_logging(verbose)
-    if engine == "slurm": raise UadError("--engine: 'slurm' does not exist yet in this version: use local")
-    choice(engine, ("local",), "--engine")
+    choice(engine, ("local", "slurm"), "--engine")
     s = read_study(study)
     if dry_run:
         planned = plan(s, data)
@@ -128,11 +127,29 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool, retr
             after = [labels[n] for n in r.needs if n not in finished]
             print(f"{'done ' if r.folder in finished else 'to do'}  {r.label:<{wide}}  {out/r.folder}" + (f"  after {after[0]}" if after else "") + f" and {len(after) - 1} more" * (len(after) > 1))
         print(f"{len(finished)} of {len(planned)} runs are done")
+        if engine == "slurm": _submit(s, data, out, dry_run, retry_failed)
         return
+    if engine == "slurm": return _submit(s, data, out, dry_run, retry_failed)
+    _nothing_queued(out)
     print(f"{s.title} -> {out}")
     with Show() as show: lost = run_study(s, out, data, show, retry_failed)
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
     if lost: raise UadError(f"{len(lost)} subject{'s' * (len(lost) > 1)} failed (listed above) and the report is without: mend the files, or take them out of manifest.csv, and run again")
+
+def _submit(study, data, out: Path, dry_run: bool, retry_failed: bool):
+    from uad_study.slurm import describe, submit
+    jobs = submit(study, out, data, retry_failed, dry_run)
+    print(f"{study.title} -> {out}" + ": done, or in the queue already: nothing to submit" * (not jobs))
+    for line in describe(jobs): print(f"  {line}")
+    if jobs and not dry_run: print(f"submitted; nothing needs to stay open\nlook:   uad status {out}\ncancel: scancel {' '.join(a.ids[0].split('_')[0] for a in jobs)}")
+
+def _nothing_queued(out: Path):
+    import shutil
+    if not (out/"jobs.json").exists() or not shutil.which("squeue"): return
+    from uad_study.slurm import live
+    if queued := live(out):
+        ids = sorted({i.split("_")[0] for found in queued.values() for i in found}, key=int)
+        raise UadError(f"{out}: {len(queued)} runs are in the queue of SLURM: wait for them (uad status {out}), or cancel them: scancel {' '.join(ids)}")
 
 @app.command()
 def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--train", help="Train from scratch. (This version ships no weights, so the demo always does.)")] = False,
@@ -144,7 +161,7 @@ def demo(out: Out = Path("runs/demo"), train: Annotated[bool, typer.Option("--tr
 def run(study: Annotated[str, typer.Argument(help="A packaged study (ablation, demo, demo-models, paper, paper-data, real-t1, released-code) or a YAML file.")], data: Data = None,
         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results (default: runs/STUDY).")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
-        engine: Annotated[str, typer.Option(help="Where runs are executed: local.")] = "local",
+        engine: Annotated[str, typer.Option(help="Where runs are executed: local, or slurm (as jobs of a cluster, see engine.slurm in the study).")] = "local",
         retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Of what is missing, only the runs that failed before, and what needs them.")] = False, verbose: Verbose = False):
     "Run a study: prepare, train, evaluate, report. What is finished is not done again; what was stopped or killed goes on from its last checkpoint; what failed is tried again."
     _run(study, data, out or Path("runs")/Path(study).stem, dry_run, engine, verbose, retry_failed)
@@ -194,14 +211,15 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
     import time
     from rich.console import Console
     from uad_study.engines import states
-    console, found = Console(highlight=False, markup=False, soft_wrap=True), states(out)
+    from uad_study.slurm import job_states
+    console, found = Console(highlight=False, markup=False, soft_wrap=True), states(out, job_states(out))
     if watch and console.is_terminal:
         from rich.live import Live
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(table(found, counts(found)), refresh=True)
                 if not any(s.state == "running" for s in found): return
-                time.sleep(2); found = states(out)
+                time.sleep(2); found = states(out, job_states(out))
     if console.is_terminal: console.print(table(found))
     else:
         for s in found: print(f"{s.state:<10} {s.label:<36} " + "  ".join(f"{h} {c}".strip() if h != "steps" else c for h, c in zip(HEADS[2:], row(s)[2:]) if c))

@@ -150,6 +150,7 @@ def from_dict(cls, data: dict, where: str = ""):
     "Fill dataclass `cls` from a mapping, strictly: unknown keys, wrong types, infinite numbers and what `cls` itself refuses raise a `UadError` naming `where` (a file or section)."
     import dacite
     if not isinstance(data, dict): raise UadError(f"{where}: must be a mapping of settings, not {type(data).__name__}")
+    data = data | {f.name: from_dict(f.type, data[f.name], f"{where}, {f.name}" if where else f.name) for f in fields(cls) if is_dataclass(f.type) and f.name in data}
     for f in [f for f in fields(cls) if f.name in data]:
         v, many = data[f.name], str(f.type).startswith("tuple")
         if many and not isinstance(v, (list, tuple)): raise UadError(f"{where}: setting {f.name!r} is {v!r} but must be a list, such as [{'...' if v is None else v}]")

@@ -6,7 +6,7 @@
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'CHECKPOINT', 'LAST', 'PREVIOUS', 'BEST', 'PARTS', 'TrainConfig', 'train_config',
            'learning_rate', 'Team', 'take_batch', 'generator_for', 'autocast', 'FixedValidation', 'averaged',
            'contents', 'save_checkpoint', 'DamagedCheckpoint', 'read_checkpoint', 'difference', 'load_model',
-           'newest_checkpoint', 'read_parts', 'memory', 'Pace', 'train']
+           'newest_checkpoint', 'read_parts', 'parts_table', 'memory', 'Pace', 'train']
 
 # %% ../nbs/33_train.ipynb #811cf01a
 import json, math, os, subprocess, sys, tempfile, threading, time, zipfile
@@ -94,6 +94,7 @@ class Team:
         "Write a checkpoint; called by all processes, written by the first."
         self.fabric.save(path, content) if self.fabric else _write(path, content)
 
+# %% ../nbs/33_train.ipynb #e0f8252a
 class _Sum(torch.autograd.Function):
     "The sum over the processes of a team, of values and of gradients (torch.distributed.nn has it, and drops it)."
     @staticmethod
@@ -225,6 +226,7 @@ def read_checkpoint(path, device="cpu") -> dict:
     if not isinstance(c, dict) or c.get("format") != CHECKPOINT: raise UadError(f"{path}: is not of format {CHECKPOINT!r}: train again with this version")
     return c
 
+# %% ../nbs/33_train.ipynb #4a2c29cd
 def difference(found: dict, wanted: dict, section: str) -> str | None:
     "The first setting in which two mappings differ, in words; None where they agree."
     for k in [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]: return f"{section}.{k} = {found.get(k)!r}, not {wanted.get(k)!r}"
@@ -273,6 +275,14 @@ def read_parts(folder, settings: dict) -> list[dict]:
     except UadError: return []
     return found["parts"] if found.get("settings") == digest(settings) else []
 
+def parts_table(parts: list[dict]) -> "pd.DataFrame":
+    "The attempts at a training as a table for people; `done twice`: steps that the next attempt had to do again."
+    import pandas as pd
+    again = [max(0, p["end"] - q["start"]) for p, q in zip(parts, parts[1:])] + [0]
+    return pd.DataFrame([{"attempt": i, "from step": p["start"], "to step": p["end"], "seconds": round(p["seconds"], 1), "ended": p["how"], "done twice": n, "remark": p.get("says", "")}
+                         for i, (p, n) in enumerate(zip(parts, again), 1)]).set_index("attempt")
+
+
 # %% ../nbs/33_train.ipynb #809866e4
 @contextmanager
 def memory(device, setting: str, mend: str):
@@ -311,8 +321,9 @@ class _Training:
         self.judged = self.ema.module if self.ema else self.model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=config.amsgrad, weight_decay=config.weight_decay)
         self.step, self.best, self.seconds, self.records, self.running, self.due, self.pace, self.images = 0, (math.inf, 0), 0.0, [], [], False, Pace(), 0.0
-        self.last, text = newest_checkpoint(self.folder, self.settings)
-        if self.last: self.resume(self.last)
+        last, text = newest_checkpoint(self.folder, self.settings)
+        if last: self.resume(last)
+        self.found = last and last["file"]
         self.net = team.wrap(self.model)
         self.started = self.saved = self.noted = time.monotonic()
         self.parts = read_parts(self.folder, self.settings)
@@ -368,6 +379,7 @@ def _advance(t: _Training) -> bool:
     if time.monotonic() - t.noted > 1: t.note()
     return bool(stop)
 
+# %% ../nbs/33_train.ipynb #27297819
 def _judge(t: _Training) -> bool:
     "The validation at this step, unless there is one, and what follows from it. Returns whether it was stopped."
     if t.records and t.records[-1]["step"] == t.step: return False
@@ -386,10 +398,11 @@ def _judge(t: _Training) -> bool:
     if t.step: t.tell("look", t.step, lambda: t.validate.look(t.judged, t.device))
     return False
 
+# %% ../nbs/33_train.ipynb #204adfa1
 def _fit(t: _Training) -> dict:
     "Train to the end, or until asked to stop (`Stopped`). Returns what `train` returns."
     c, halt = t.config, bool(t.team.sums(t.stop())[0])
-    if t.team.rank == 0: _tidy(t.folder, t.last)
+    if t.team.rank == 0: _tidy(t.folder, t.found)
     while not halt:
         if t.step in c.snapshots: t.team.save(t.folder/f"snapshot-{t.step:06d}.pt", contents(t.judged, step=t.step, **t.place))
         if t.step % c.val_every == 0 or t.step == c.steps: halt = _judge(t)
@@ -407,10 +420,10 @@ def _fit(t: _Training) -> dict:
     return dict(steps=c.steps, best_step=t.best[1], best_val_loss=t.best[0], first_val_loss=vals[0], last_val_losses=vals[-5:], parameters=parameter_count(t.model), precision=t.precision,
                 train_volumes=len(t.rows["train"]), val_volumes=len(t.rows["val"]), train_seconds=round(t.spent(), 1), parts=t.parts)
 
-def _tidy(folder: Path, last: dict | None):
+def _tidy(folder: Path, found: str | None):
     "Put the checkpoint that is gone on from in the first place, and remove damaged ones, so that none of these takes the place of a whole one."
-    if last and last["file"] == PREVIOUS: os.replace(folder/PREVIOUS, folder/LAST)
-    if not last: [(folder/n).unlink(missing_ok=True) for n in (LAST, PREVIOUS)]
+    if found == PREVIOUS: os.replace(folder/PREVIOUS, folder/LAST)
+    for n in () if found else (LAST, PREVIOUS): (folder/n).unlink(missing_ok=True)
 
 def _rows(cohort: Cohort, contrast: str, fold: int) -> dict:
     rows = {s: cohort.select(s, fold, contrast=contrast, pathology="healthy") for s in ("train", "val")}
@@ -427,6 +440,7 @@ def _member(address: str):
     end, rank = Client(address, "AF_UNIX"), int(os.environ["RANK"])
     end.send(("hello", rank, os.getpid()))
     work, looks, threads = end.recv()
+    work |= dict(config=from_dict(TrainConfig, work["config"]), model_config=model_config(work["model_config"]))
     def tell(kind, *values, **facts):
         if rank or kind == "look" and not looks: return
         with suppress(OSError): end.send((kind, [v() if callable(v) else v for v in values], facts))             # a caller that is gone is noticed by `stop`
@@ -531,9 +545,10 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
         if kind == "say": log.warning(values[0]); print(values[0])
     work = dict(cohort=cohort.folder, contrast=contrast, fold=fold, model_config=model_config, config=config, folder=folder, device=device, tensorboard=tensorboard)
     with listening(folder) as stop:
-        if devices > 1: return _train_together(work | dict(cohort=Path(cohort.folder).resolve(), folder=folder.resolve()), devices, look is not None, stop, tell)
+        if devices > 1: return _train_together(work | dict(cohort=Path(cohort.folder).resolve(), folder=folder.resolve(), model_config=asdict(model_config), config=asdict(config)), devices, look is not None, stop, tell)
         with _memory_of(config, device): return _trained(**work | dict(cohort=cohort), team=Team(), stop=stop, tell=tell)
 
+# %% ../nbs/33_train.ipynb #dcfe454b
 def _trained(cohort, team, **how) -> dict:
     t = _Training(cohort if isinstance(cohort, Cohort) else Cohort(cohort), team=team, **how)
     try: return _fit(t)
