@@ -43,11 +43,10 @@ test-all: dev gate        ## every check; keeps its last line in benchmarks/
 	echo "$$(date +%F), commit $$(git rev-parse --short HEAD): $$(tail -n 1 .pytest_cache/test-all.txt)" | tee benchmarks/test-all.txt
 
 test-slurm: dev           ## a real SLURM of one node, installed from Debian's packages and started on loopback (as root)
-	@if ! PATH="$$PATH:/usr/sbin:/sbin" command -v slurmctld slurmd sbatch munged >/dev/null; then \
-	  command -v apt-get >/dev/null || { echo "error: apt-get is not here: install slurmctld, slurmd, slurm-client and munge by hand, then run this again" >&2; exit 1; }; \
-	  [ "$$(id -u)" = 0 ] || { echo "error: SLURM is installed and started as root here: run 'sudo make test-slurm'" >&2; exit 1; }; \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; fi
-	@[ "$$(id -u)" = 0 ] || { echo "error: SLURM is started as root here: run 'sudo make test-slurm'" >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "error: SLURM is installed and started as root here: run 'sudo make test-slurm'" >&2; exit 1; }
+	@export PATH="$$PATH:/usr/sbin:/sbin"; for c in munged slurmctld slurmd sbatch; do command -v $$c >/dev/null && continue; \
+	  command -v apt-get >/dev/null || { echo "error: $$c is missing and there is no apt-get: install SLURM and munge by hand, then run this again" >&2; exit 1; }; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; break; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm
 
 bench: dev                ## time the parts; keeps the table in benchmarks/

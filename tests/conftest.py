@@ -10,7 +10,8 @@ models:
   - {name: ddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4}
 train: {steps: 12, batch_size: 4, lr: 0.001, val_every: 4, val_slices: 8, snapshots: [4], checkpoint_minutes: 0}
 scores: {names: [intensity, l1, ssim_0.3, ssim_0.9, ssim_1.7, ssim_uniform, ssim_ens]}
-report: {steps_val: 1, steps_test: 1}
+report: {steps_val: 1, steps_test: 1, post_val: 1, post_test: 1, medians: [1, 5], erosions: [3]}
+engine: {threads: 1}
 """
 
 

@@ -7,8 +7,8 @@ __all__ = ['SLURM_OWN', 'STUDY', 'STUDY_KEYS', 'PARTS', 'STAGES', 'RUN', 'RESULT
            'PLAN', 'SlurmConfig', 'EngineConfig', 'Entry', 'Study', 'packaged_studies', 'read_study', 'Run', 'slug',
            'plan', 'done', 'failed_subjects', 'stage_notebook', 'check_parameters', 'injected_parameters', 'provenance',
            'cores', 'pick_device', 'device_name', 'Ticker', 'parallel_map', 'write_run', 'note_attempt', 'attempts',
-           'execute_run', 'write_metrics', 'main', 'out_folder', 'start_run', 'read_progress', 'write_plan',
-           'planned_report', 'publish']
+           'execute_run', 'write_metrics', 'main', 'out_folder', 'run_environment', 'start_run', 'read_progress',
+           'write_plan', 'planned_report', 'publish']
 
 # %% ../nbs/41_runs.ipynb #50a81004
 import importlib.metadata, json, os, platform, re, shutil, signal, subprocess, sys, threading, time
@@ -599,16 +599,20 @@ def out_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-        remove_leftovers(out, out/"figures", *out.glob("train-*"))
+        if not (out/"jobs.json").exists(): remove_leftovers(out, out/"figures", *out.glob("train-*"))          # else jobs of a cluster may be writing there
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
     finally: lock.release()
 
+def run_environment(threads: int) -> dict:
+    "What the processes of a run have in their environment. Threads that wait spin by default: beside other work two of them are then slower than one (`python benchmarks/threads.py`)."
+    return {k: str(threads) for k in THREADS} | dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1")
+
 def start_run(out, run: Run, threads: int, gpus: str = "") -> subprocess.Popen:
     "Start one run as a child process; its output goes to log.txt in its folder. `gpus`: what CUDA_VISIBLE_DEVICES shall be there ('': as it is here)."
     folder = Path(out)/run.folder
-    env = os.environ | {k: str(threads) for k in THREADS} | dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1") | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | run_environment(threads) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with open(folder/"log.txt", "ab") as f:
         code = "import sys; from uad_study.runs import main; sys.exit(main())"
         return subprocess.Popen([sys.executable, "-c", code, str(folder), str(os.getpid())], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)

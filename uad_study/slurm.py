@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from . import runs
-from .core import UadError, atomic_file, os_error, read_json, write_json
+from .core import UadError, atomic_file, read_json, write_json
 from .engines import failed_again
 from .runs import Run, SlurmConfig, Study
 
@@ -55,7 +55,7 @@ def queue(ids) -> dict[str, tuple[str, str, int]]:
 def live(out) -> dict[str, list[str]]:
     "The runs of `out` that wait or run in SLURM's queue: folder -> ids of their jobs."
     jobs, found = read_jobs(out), {}
-    known = queue([j["id"] for j in jobs]) if jobs else {}
+    known = queue([j["id"] for j in jobs]) if jobs and shutil.which("squeue") else {}
     for j in jobs:
         if j["id"] in known and known[j["id"]][0] not in ENDED:
             for f in j["runs"]: found.setdefault(f, []).append(j["id"])
@@ -157,11 +157,12 @@ class Job:
         if self.data_dir: os.environ["UAD_DATA"] = self.data_dir
         failed = 0
         for r in self.items:
+            if self.asked: failed += 1; break
             try: failed += not self._run(r)
             except UadError as e: failed += 1; _note(Path(self.out)/r.folder, e)
             except Exception as e:                                                    # submitit's, out of its signal handler
                 if type(e).__name__ != "UncompletedJobError": raise
-                _note(Path(self.out)/r.folder, UadError(f"{r.label}: met its time limit {self.study.engine.slurm.requeues + 1} times: raise engine.slurm.time or requeues, and run again"))
+                _note(Path(self.out)/r.folder, UadError(f"{r.label}: met its time limit once more than engine.slurm.requeues ({self.study.engine.slurm.requeues}) allows: its state is saved: run again to go on, or raise engine.slurm.time"))
                 raise
         if failed: sys.exit(1)
 
@@ -253,19 +254,6 @@ def _check_slurm():
         raise UadError(f"--engine slurm: {missing[0]} is not here: run it on a cluster's login node (with submitit there: pip install 'uad_study[slurm]'), or use --engine local")
 
 @contextmanager
-def _locked(out):
-    "As `runs.out_folder`, with the same lock, but what looks left over is kept: jobs may be writing it."
-    from filelock import FileLock, Timeout
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-    except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
-    except OSError as e: raise os_error(out, e) from None
-    try: yield out
-    finally: lock.release()
-
-@contextmanager
 def _clean_environment():
     "Without the variables of a job from which we may be called; but where SLURM is stays known."
     from submitit.helpers import clean_env
@@ -295,7 +283,7 @@ def submit(study: Study, out, data_dir=None, only_failed: bool = False, dry_run:
     if only_failed: only = {r.folder for r in failed_again(Path(out), planned)}
     if dry_run: return arrays(planned, out, live(out), only)
     _check_slurm()
-    with _locked(out) as out, _clean_environment():
+    with runs.out_folder(out) as out, _clean_environment():
         before, todo = read_jobs(out), arrays(planned, out, live(out), only)
         if not todo:
             if runs.done(out, planned[-1]): runs.publish(out, planned[-1])
@@ -329,4 +317,4 @@ def submit(study: Study, out, data_dir=None, only_failed: bool = False, dry_run:
 def describe(todo: list[Array]) -> list[str]:
     "A line for each array: what it is, how many, and what it waits for."
     def count(n, what): return f"{n} {what}{'s' * (n != 1)}"
-    return [f"{a.ids[0].split('_')[0] + '  ' if a.ids else ''}{a.stage:<9} {count(len(a.items), 'job'):>9}, {count(sum(map(len, a.items)), 'run'):>8}{'  after ' + d if (d := a.dependency()) else ''}" for a in todo]
+    return [f"{a.ids[0].split('_')[0] + '  ' if a.ids else ''}{a.stage:<9} {count(len(a.items), 'job'):>9}, {count(sum(map(len, a.items)), 'run'):>8}{'  dependency ' + d if (d := a.dependency()) else ''}" for a in todo]
