@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent/"tests"))
-from test_browser import SEEN, chromium_on, jupyterlab, wait_for_inspector
+from test_browser import SEEN, chromium_on, jupyterlab, wait_for_inspector, with_notebooks
 from uad_study.results import gather
 from uad_study.runs import provenance
 from uad_study.viewer import Inspector, View, restored_models
@@ -43,7 +43,7 @@ def in_python(out, n=12) -> list:
 
 
 def in_browser(out, n=24) -> list:
-    with tempfile.TemporaryDirectory() as home, jupyterlab(Path(out), Path(home)) as lab, chromium_on(lab) as opened:
+    with tempfile.TemporaryDirectory() as home, jupyterlab(with_notebooks(Path(out)), Path(home)) as lab, chromium_on(lab) as opened:
         page = opened(); wait_for_inspector(page); time.sleep(3)
         def press(selector, key):
             times = []
@@ -54,7 +54,7 @@ def in_browser(out, n=24) -> list:
 
 def pictures(out):
     for theme, name, width, height in (("Light", "inspector", 1280, 1060), ("Dark", "inspector-dark", 1920, 1120)):
-        with tempfile.TemporaryDirectory() as home, jupyterlab(Path(out), Path(home), theme) as lab, chromium_on(lab) as opened:
+        with tempfile.TemporaryDirectory() as home, jupyterlab(with_notebooks(Path(out)), Path(home), theme) as lab, chromium_on(lab) as opened:
             page = opened(width=width, height=height); wait_for_inspector(page)
             page.select_option(".uad-contrast select", label="T2w"); time.sleep(4)
             page.locator(".uad-sigma .noUi-handle").focus()

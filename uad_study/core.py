@@ -15,7 +15,8 @@ from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #4802d15c
 class UadError(Exception):
-    "An error that its reader can mend. The message is one line: what is wrong, in which file or setting, and what to do."
+    "An error that its reader can mend. The message is one line: what is wrong, in which file or setting, and what to do. Notebooks show that line and no traceback."
+    def _render_traceback_(self): return [f"error: {self}"]
 
 # %% ../nbs/00_core.ipynb #824d2ab0
 log = logging.getLogger("uad_study")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GALLERY', 'LOSSES', 'STAGE_COLORS', 'T_TESTS', 'state_for', 'rows_of', 'sigma_maps', 'preferred_sigma',
-           'preferred_sigmas', 'rank_correlation', 'figure_preference', 'sigma_panels', 'figure_sigmas', 'SigmaLab',
-           'gallery', 'state_of', 'thumbnail', 'Gallery', 'fates', 'waterfall', 'waterfalls', 'stage_shares',
-           'before_grid', 'figure_waterfall', 'figure_fates', 'WhyMissed', 'restored_at', 'erased_and_kept',
-           'figure_erased', 'ReconstructionLab']
+           'preferred_sigmas', 'preferences', 'rank_correlation', 'figure_preference', 'sigma_panels', 'figure_sigmas',
+           'SigmaLab', 'gallery', 'state_of', 'thumbnail', 'Gallery', 'fates', 'waterfall', 'waterfalls',
+           'stage_shares', 'before_grid', 'figure_waterfall', 'figure_fates', 'WhyMissed', 'restored_at',
+           'erased_and_kept', 'figure_erased', 'ReconstructionLab']
 
 # %% ../nbs/51_labs.ipynb #f06a2651
 import io, os
@@ -24,7 +24,7 @@ from .postprocess import erode_mask
 from .reconstruct import reconstruct_cohort
 from .results import NAMES, Results, score_label
 from .scores import SIGMAS, sigma_of
-from .viewer import View, ViewState, _uri
+from .viewer import View, ViewState, _plain, _uri
 from .volume import VOXEL_ML
 
 # %% ../nbs/51_labs.ipynb #94a68126
@@ -55,6 +55,10 @@ def rows_of(view: View, model: int, pathology: str, split: str = "test") -> list
     if not rows: raise UadError(f"{view.models[model].label}: has restored no {pathology} volume in split {split!r}: choose another pathology or model")
     return rows
 
+def _with_sigmas(view: View, model: int):
+    "Raise `UadError` unless a model's restorations are there, which SSIM at any sigma needs."
+    if "ssim" not in view.models[model].scores: raise UadError(f"{view.models[model].label}: gives maps and no restorations, so there is no sigma to choose: choose another model")
+
 def _png(fig) -> bytes:
     "A matplotlib figure as PNG; the figure is closed."
     import matplotlib.pyplot as plt
@@ -67,6 +71,7 @@ def sigma_maps(view: View, model: int, row: int, sigmas=SIGMAS, temperature: flo
     """The anomaly maps 1 - SSIM at each sigma, (n, H, W, D), 0 outside the brain; and the weight of each in SSIM-ens as a share of equal weight, same shape: n softmax(-SSIM / temperature), 1 outside the brain.
 
     Behrendt et al. 2024, eq. 4."""
+    _with_sigmas(view, model)
     maps = np.stack([view.map(ViewState(model=model, row=row, score="ssim", sigma=s, post=False)) for s in sigmas])
     e = np.exp((maps - maps.max(0)) / temperature)
     return maps, len(sigmas) * e / e.sum(0)
@@ -81,7 +86,8 @@ def preferred_sigma(view: View, model: int, row: int, post: bool = False, sigmas
     """A row for each true lesion (26-connected) of a case: subject_id ..., `lesion` (number from 1), `lesion_ml`, `preferred` (the sigma with the lowest rate), `best` (that rate), and the rate at each sigma, columns 'ssim_S'.
 
     Rate: the share of healthy voxels that score at least as high as the lesion's, geometric mean over its voxels, in the map 1 - SSIM inside the eroded brain mask; with `post` in the map after erosion and median. Of equal
-    rates the smallest sigma. NaN where no voxel of a lesion is inside the eroded mask: no sigma could find it. No rows without a lesion."""
+    rates the smallest sigma. NaN where no voxel of a lesion is inside the eroded mask: no sigma could find it. No rows without a lesion. Raises `UadError` for a method that gives maps."""
+    _with_sigmas(view, model)
     labels, inside = _judged(view, model, row)
     numbers = np.arange(1, labels.max() + 1)
     own = [inside & (labels == k) for k in numbers]
@@ -99,6 +105,16 @@ def preferred_sigma(view: View, model: int, row: int, post: bool = False, sigmas
 def preferred_sigmas(view: View, model: int, pathology: str, post: bool = False, split: str = "test", sigmas=SIGMAS) -> pd.DataFrame:
     "`preferred_sigma` of all volumes of a pathology and split that a model has restored. Raises `UadError` when there are none."
     return pd.concat([preferred_sigma(view, model, r, post, sigmas) for r in rows_of(view, model, pathology, split)], ignore_index=True)
+
+def _restored_pathologies(view: View, model: int, split: str = "test") -> list[str]:
+    "The pathologies of which a model has restored patients of a split."
+    t, rows = view.cohort.table, view.rows(model)
+    return [p for p in NAMES if p != "healthy" and any(t.pathology.iloc[r] == p and t.split.iloc[r] == split for r in rows)]
+
+def preferences(view: View, model: int, post: bool = False) -> dict[str, pd.DataFrame]:
+    "`preferred_sigmas` of every pathology that a model has restored test patients of, by name, for `figure_preference`. Raises `UadError` when there is none."
+    if not (there := _restored_pathologies(view, model)): raise UadError(f"{view.models[model].label}: has restored no patient of the test set: choose another model")
+    return {f"{NAMES[p]}, {view.models[model].contrast}".rstrip(", "): preferred_sigmas(view, model, p, post) for p in there}
 
 # %% ../nbs/51_labs.ipynb #e28b41f1
 def rank_correlation(t: pd.DataFrame, most: float = 1.0, n: int = 2000, seed: int = 0) -> dict:
@@ -159,7 +175,7 @@ def figure_sigmas(view: View, s: ViewState, sigmas=SIGMAS, temperature: float = 
     from matplotlib.cm import ScalarMappable
     panels = sigma_panels(view, s, sigmas, temperature)
     fig, axes = plt.subplots(2, len(sigmas) + 1, figsize=(.95 * (len(sigmas) + 1) + .7, 2.5), dpi=80, layout="constrained")
-    fig.get_layout_engine().set(w_pad=.01, h_pad=.05, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.09, wspace=0, hspace=0)
     for axs, kind, first in zip(axes, ("map", "weight"), ("input", "truth")):
         for ax, name in zip(axs, [first, *(f"{kind} {v:g}" for v in sigmas)]):
             ax.imshow(panels[name]); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
@@ -177,22 +193,24 @@ class SigmaLab:
         self.model = w.Dropdown(options=[(m.label, i) for i, m in enumerate(view.models)], description="model", **wide)
         self.row, self.z = w.Dropdown(description="subject", **wide), w.IntSlider(min=0, max=view.cohort.images.shape[3] - 1, description="slice", continuous_update=False, **wide)
         self.image, self.text = w.Image(format="png", layout=w.Layout(width="900px")), w.HTML()
-        for c, name in ((self.row, "uad-sigma-row"), (self.z, "uad-sigma-z"), (self.image, "uad-sigmas"), (self.text, "uad-sigmas-text")): c.add_class(name)
+        for c, name in ((self.model, "uad-sigma-model"), (self.row, "uad-sigma-row"), (self.z, "uad-sigma-z"), (self.image, "uad-sigmas"), (self.text, "uad-sigmas-text")): c.add_class(name)
         self.model.observe(lambda c: self._quiet or self.go(state_for(view, c["new"], self.state.row if self.state.row in view.rows(c["new"]) else view.rows(c["new"])[0])), "value")
         self.row.observe(lambda c: self._quiet or self.go(state_for(view, self.state.model, c["new"])), "value")
         self.z.observe(lambda c: self._quiet or self.go(replace(self.state, z=c["new"])), "value")
         self.widget = w.VBox([w.HBox([self.model, self.row, self.z], layout=w.Layout(flex_flow="row wrap")), self.image, self.text])
+        self.widget.add_class("uad-lab")
         self.go(state or view.first())
 
     def go(self, state: ViewState):
         "Move to another state: its model, row and slice."
         new = not hasattr(self, "state") or (self.state.model, self.state.row) != (state.model, state.row)
-        self.state, self._quiet, subject = state, True, self.view.cohort.table.subject_id
+        self.state, self._quiet = state, True
         try:
-            self.row.options = [(subject.iloc[r], r) for r in self.view.rows(state.model)]
+            self.row.options = [(self.view.who(r), r) for r in self.view.rows(state.model)]
             self.model.value, self.row.value, self.z.value = state.model, state.row, state.z
         finally: self._quiet = False
-        self.image.value = _png(figure_sigmas(self.view, state))
+        try: self.image.value = _png(figure_sigmas(self.view, state))
+        except UadError as e: self.table, self.image.value, self.text.value = pd.DataFrame(), b"", _plain(str(e)); return
         if not new: return
         self.table = t = preferred_sigma(self.view, state.model, state.row).sort_values("lesion_ml", ascending=False, kind="stable")
         rows = "".join(f"<tr><td>{r.lesion_ml:.3g}</td><td>{f'{r.preferred:g}</td><td>{100 * r.best:.2g} %' if r.best == r.best else 'none</td><td>outside the eroded brain mask'}</td></tr>" for r in t.head(8).itertuples())
@@ -242,7 +260,7 @@ def state_of(view: View, case) -> ViewState | None:
     "The state of a row of `gallery`: its model, score and threshold, at the axial slice with most voxels of what the list is about; None where the cohort or the model's restorations lack it."
     label = f"{case['contrast']} {case['model']}"
     model = next((i for i, m in enumerate(view.models) if m.label in (label, f"{label}, fold {case['fold']}")), None)
-    if model is None or case["row"] not in view.models[model].volumes: return None
+    if model is None or case["row"] not in view.models[model].rows: return None
     own = case["threshold_from"] in ("val", "healthy")
     s = state_for(view, model, int(case["row"]), case["score"], case["threshold_from"] if own else "free", None if own else case["threshold"])
     found, lesion = view.found(s), view.case(s)[3]
@@ -294,7 +312,8 @@ def fates(view: View, s: ViewState) -> tuple[np.ndarray, bool]:
     (labels, inside), t, s = _judged(view, s.model, s.row), view.threshold(s), replace(s, post=True)
     if not np.isfinite(t): raise UadError(f"{view.models[s.model].label}: has no threshold {s.rule!r} for {s.score} and {view.cohort.table.subject_id.iloc[s.row]}: choose another rule, or give a threshold")
     twin = np.asarray(view.cohort.twins[s.row]); change = x - twin
-    known, copied = bool((change != 0)[labels > 0].any()), (x_hat - twin) * change > .5 * change**2
+    known = x_hat is not None and bool((change != 0)[labels > 0].any())
+    copied = (x_hat - twin) * change > .5 * change**2 if known else False
     fate = np.select([view.found(s), view.map(s) > t, ~inside, view.map(replace(s, post=False)) > t, copied & known], [6, 5, 1, 4, 2], 3)
     return np.where(labels > 0, fate, 0).astype(np.uint8), known
 
@@ -392,29 +411,35 @@ class WhyMissed:
         self.view, wide = view, dict(style={"description_width": "80px"}, layout=w.Layout(width="260px"))
         self.model = w.Dropdown(options=[(m.label, i) for i, m in enumerate(view.models)], value=model, description="model", **wide)
         self.pathology = w.Dropdown(description="pathology", **wide)
-        self.score = w.Dropdown(options=[(score_label(n), n) for n in ("l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_ens")], value=score, description="score", **wide)
-        self.rule = w.Dropdown(options=[("validation (unhealthy)", "val"), ("healthy scans only", "healthy")], description="threshold", **wide)
+        self.score, self._wanted, self._quiet = w.Dropdown(description="score", **wide), score, False
+        self.rule = w.Dropdown(options=[("validation patients", "val"), ("healthy scans only", "healthy")], description="threshold", **wide)
         self.image, self.text = w.Image(format="png", layout=w.Layout(width="860px")), w.HTML()
-        self.image.add_class("uad-waterfall"); self.text.add_class("uad-waterfall-text")
+        for c, name in ((self.model, "model"), (self.pathology, "pathology"), (self.score, "score"), (self.rule, "rule"), (self.image, "image"), (self.text, "text")): c.add_class(f"uad-why-{name}")
         self.widget = w.VBox([w.HBox([self.model, self.pathology, self.score, self.rule], layout=w.Layout(flex_flow="row wrap")), self.image, self.text])
-        for c in (self.pathology, self.score, self.rule): c.observe(lambda _: self.draw(), "value")
+        self.widget.add_class("uad-lab")
+        for c in (self.pathology, self.score, self.rule): c.observe(lambda _: self._quiet or self.draw(), "value")
         self.model.observe(lambda _: self._offer(), "value")
         self._offer()
 
     def _offer(self):
-        "The pathologies that the model has restored test patients of."
-        t, rows = self.view.cohort.table, self.view.rows(self.model.value)
-        there = [p for p in NAMES if p != "healthy" and any(t.pathology.iloc[r] == p and t.split.iloc[r] == "test" for r in rows)]
-        before, self.pathology.options = self.pathology.value, [(NAMES[p], p) for p in there]
-        if there and self.pathology.value is None: self.pathology.value = there[0]
-        if before == self.pathology.value: self.draw()
+        "The pathologies that the model has restored test patients of, and its scores; what was chosen stays where it can."
+        model = self.model.value
+        scores = [n for k in self.view.models[model].scores for n in ([f"ssim_{s:g}" for s in SIGMAS] if k == "ssim" else [k])]
+        self._quiet = True
+        try:
+            for c, names, label in ((self.pathology, _restored_pathologies(self.view, model), NAMES.get), (self.score, scores, score_label)):
+                wanted = [n for n in (c.value, self._wanted, *names) if n in names]
+                c.options = [(label(n), n) for n in names]
+                c.value = wanted[0] if wanted else None
+        finally: self._quiet = False
+        self.draw()
 
     def draw(self):
         "Draw what is chosen; one line instead where there is nothing to draw."
         self.table, self.image.value, self.text.value = pd.DataFrame(), b"", "This model has restored no patient of the test set." if self.pathology.value is None else ""
         if self.pathology.value is None: return
         try: self.table = waterfalls(self.view, self.model.value, self.pathology.value, self.score.value, self.rule.value)
-        except UadError as e: self.text.value = str(e); return
+        except UadError as e: self.text.value = _plain(str(e)); return
         self.image.value = _png(figure_waterfall(self.table, before_grid(self.view.cohort, self.table.row.unique()), f"{NAMES[self.pathology.value]}, {self.view.models[self.model.value].label}, {score_label(self.score.value)}"))
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
@@ -481,14 +506,14 @@ class ReconstructionLab:
         import ipywidgets as w
         self.text = w.HTML(); self.text.add_class("uad-erased-text")
         try: self.volumes = restored_at(results, model, row, **how)
-        except UadError as e: self.volumes, self.text.value, self.widget = {}, str(e), self.text; return
+        except UadError as e: self.volumes, self.text.value, self.widget = {}, _plain(str(e)), self.text; return
         self.cohort, self.row, self.table = results.cohort, row, erased_and_kept(results.cohort, row, self.volumes)
         steps, lesion = list(self.table.t), np.asarray(self.cohort.lesion_masks[row])
         self.t = w.SelectionSlider(options=steps, value=min(steps, key=lambda t: abs(t - 500)), description="noise t", layout=w.Layout(width="360px"))
         self.z = w.IntSlider(min=0, max=lesion.shape[2] - 1, value=int(lesion.sum((0, 1)).argmax()) if lesion.any() else lesion.shape[2] // 2, description="slice", layout=w.Layout(width="360px"))
-        self.figure = self._figure()
+        self.figure = self._figure(); self.figure.add_class("uad-erased")
         for c, name in ((self.t, "uad-t"), (self.z, "uad-t-z")): c.add_class(name); c.observe(lambda _: self.draw(), "value")
-        self.widget = w.VBox([w.HBox([self.t, self.z]), self.figure, self.text])
+        self.widget = w.VBox([w.HBox([self.t, self.z], layout=w.Layout(flex_flow="row wrap")), self.figure, self.text]); self.widget.add_class("uad-lab")
         self.draw()
 
     def _figure(self):
@@ -502,10 +527,11 @@ class ReconstructionLab:
         values = q[["ssim", "copied"]].to_numpy()
         fig.add_trace(go.Scatter(x=[0, 0], y=[min(0, np.nanmin(values)), max(1, np.nanmax(values))], mode="lines", line=dict(color="#808080", dash="dot"), showlegend=False, hoverinfo="skip"), 1, 4)
         for k in (1, 2, 3): fig.update_xaxes(visible=False, row=1, col=k).update_yaxes(visible=False, row=1, col=k)
-        fig.update_xaxes(title_text="noise level t", gridcolor="rgba(128,128,128,.25)", row=1, col=4).update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", row=1, col=4)
+        fig.update_xaxes(title_text="noise level t", zeroline=False, gridcolor="rgba(128,128,128,.25)", row=1, col=4).update_yaxes(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", row=1, col=4)
         fig.update_layout(width=1060, height=300, margin=dict(l=0, r=10, t=28, b=36), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font=dict(color="#808080"),
                           legend=dict(orientation="h", y=1.02, x=1, xanchor="right", yanchor="bottom"), uirevision="kept")
         fig.layout.annotations[3].text = ""
+        fig._config = fig._config | dict(displayModeBar=False)
         return fig
 
     def draw(self):

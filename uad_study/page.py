@@ -479,7 +479,7 @@ def write_page(results: Results, file, cases=None, n: int = 4):
 def _fill(results, model, config, data, healthy, blobs) -> str:
     "The text of the page."
     e, sigmas = html.escape, sorted({s["sigma"] for c in data["cases"] for s in c["scores"] if s["sigma"]})
-    lead = f"A model that has only seen healthy brains restores each scan, and a score measures how the restoration differs. Drag slice, sigma and threshold: the map, the lesions found and the Dice follow. {len(blobs)} test case{'s' * (len(blobs) > 1)}, model {model}."
+    lead = f"A model that has only seen healthy brains restores each scan, and a score measures how the restoration differs. Drag slice, sigma and threshold: the map, the lesions found and the Dice (overlap of what is marked with the true lesion) follow. {len(blobs)} test case{'s' * (len(blobs) > 1)}, model {model}."
     foot = [f"The sigma slider moves among the sigmas that are stored, {', '.join(f'{s:g}' for s in sigmas)} voxels, and not between them." if sigmas else "", "Voxels are 2 mm wide. Maps are stored in 256 levels, the input and the restoration in 256 greys. The levels' borders are the places of the threshold slider, the study's thresholds among them: "
             "at each, the page marks the voxels that the unrounded map would, so Dice at the study's thresholds is the study's. Scores under the pointer are rounded to a level.",
             f"Post-processing: brain mask eroded {config.erode} times in each axial slice, median of {config.median}×{config.median}×{config.median} voxels, components of fewer than {config.min_voxels} voxels (26 neighbours) removed. Without it: threshold alone.",

@@ -102,7 +102,7 @@ def restored_models(results: Results) -> list[Restored]:
         else:
             for d in sorted(folder.glob("reconstructions-*")):
                 v, info = open_reconstructions(d)
-                if info["step"] == step and (info.get("restore") or {}) == (q.get("restore_config") or {}): volumes |= v
+                if info["step"] == step and (info.get("restore") or {}) == (q.get("restore_config") or {}) and e["results"].get("checkpoint_sha256") in (None, info.get("checkpoint_sha256")): volumes |= v
         how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
                      name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, **how)
@@ -129,6 +129,12 @@ class _Kept:
         "The rows that a model can be looked at in: test patients first, by pathology, then the others."
         t, order = self.cohort.table, {p: i for i, p in enumerate(NAMES)}
         return self._memo("number", ("rows", model), lambda: sorted(self.models[model].rows, key=lambda r: (t.pathology[r] == "healthy", t.split[r] != "test", order.get(t.pathology[r], 99), t.subject_id[r])))
+
+    def who(self, row: int) -> str:
+        "What a row is called: subject and pathology, and its split unless that is the test."
+        t = self.cohort.table
+        split = {"test": "", "val": ", validation"}.get(t.split[row], f", {t.split[row]}")
+        return f"{t.subject_id[row]} ({NAMES.get(t.pathology[row], t.pathology[row]).lower()}{split})"
 
     def first(self, model: int = 0) -> ViewState:
         "Where to begin: the first patient, at the voxel where the slices with most lesion meet."
@@ -342,9 +348,10 @@ _CSS = """
 .uad-inspector:focus-visible, .uad-inspector:focus { box-shadow: inset 2px 0 0 var(--jp-brand-color1, #2196f3); }
 .uad-inspector > * { margin-left: 8px; }
 .uad-controls { display: flex; flex-wrap: wrap; gap: 2px 20px; margin-bottom: 4px; }
+body[data-jp-theme-light=false] :is(.uad-inspector, .uad-lab) select { background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath fill='%23ccc' d='M5.2 5.9 9 9.7l3.8-3.8L14 7.1 9 12.1 4 7.1z'/%3E%3C/svg%3E"); }
 .uad-inspector .widget-label, .uad-inspector .widget-readout { color: var(--jp-ui-font-color1, currentColor); }
 .uad-inspector image { image-rendering: pixelated; }
-.uad-inspector .js-plotly-plot text { fill: var(--jp-ui-font-color1, currentColor) !important; }
+.uad-inspector .js-plotly-plot text, .uad-lab .js-plotly-plot text { fill: var(--jp-ui-font-color1, currentColor) !important; }
 .uad-inspector .js-plotly-plot .faint text, .uad-inspector .js-plotly-plot .xtick text, .uad-inspector .js-plotly-plot .ytick text { fill: var(--jp-ui-font-color2, currentColor) !important; }
 .uad-inspector .js-plotly-plot .gridlayer path { stroke: var(--jp-border-color2, #8884) !important; stroke-opacity: .6; }
 .uad-inspector .js-plotly-plot .shapelayer path, .uad-inspector .js-plotly-plot .ticks { stroke: var(--jp-ui-font-color1, currentColor) !important; }
@@ -352,6 +359,7 @@ _CSS = """
 .uad-text { line-height: 1.5; } .uad-text .widget-html-content { line-height: 1.5; font-size: 14px; overflow-wrap: anywhere; }
 .uad-text b { font-size: 19px; font-weight: 600; margin-right: 14px; white-space: nowrap; } .uad-text span { margin-right: 14px; white-space: nowrap; } .uad-text small { color: var(--jp-ui-font-color2, inherit); font-size: 12.5px; white-space: normal; }
 .uad-readout { white-space: pre-wrap; font: 12.5px/20px var(--jp-code-font-family, monospace); color: var(--jp-ui-font-color2, currentColor); min-height: 20px; display: inline-block; }
+.uad-lab img { border-radius: 3px; } .uad-lab th, .uad-lab td { text-align: left; padding: 1px 22px 1px 0; line-height: 1.5; }
 .uad-ring { position: absolute; width: 9px; height: 9px; margin: -6px 0 0 -6px; border: 1.5px solid #fff; border-radius: 50%; box-shadow: 0 0 0 1px #000; pointer-events: none; z-index: 3; }
 """
 
@@ -412,6 +420,10 @@ def _figure():
     return fig
 
 # %% ../nbs/50_viewer.ipynb #86480cf4
+_SAYS = dict(contrast="MRI sequence, with the models trained on it", name="which model restored the scans", fold="which of the cross-validation's trainings", row="whose scan; test patients first", slice="slice of the plane; arrow keys, too",
+             score="how input and reconstruction are compared: l1, l2 voxel by voxel; SSIM in a window around each; SSIM-ens in windows of all sigmas at once", sigma="width of SSIM's window, voxels of 2 mm: moving it chooses SSIM at that sigma",
+             rule="voxels that score higher are marked: where this limit comes from", threshold="the limit itself: moving it frees it from the study's", post="erode the rim of the brain, take the median around each voxel, drop small components, as the study does")
+
 class _Controls:
     "The widgets of an inspector, by the field of the state that they change."
     def _build(self):
@@ -424,12 +436,13 @@ class _Controls:
         self.slice = slider(w.IntSlider, min=0, max=1, description="slice")
         self.score, self.rule = (w.Dropdown(description=d, **base) for d in ("score", "threshold"))
         self.sigma = slider(w.FloatSlider, min=.3, max=2.5, step=.05, description="sigma", readout_format=".2f")
-        self.threshold = slider(w.FloatSlider, min=0, max=1, step=.005, description="free", readout_format=".3f")
+        self.threshold = slider(w.FloatSlider, min=0, max=1, step=.005, description="its value", readout_format=".3f")
         self.post = w.Checkbox(description="post-processing", indent=False, layout=w.Layout(width="auto", margin="2px 0 2px 82px"))
         self.text, self.reader, self.figure = w.HTML(), _Reader(), _figure()
         self.controls = {k: getattr(self, k) for k in ("contrast", "name", "fold", "row", "plane", "slice", "score", "sigma", "rule", "threshold", "post")}
         for k, c in self.controls.items():
             c.add_class(f"uad-{k}"); c.observe(lambda change, k=k: self._changed(k, change["new"]), "value")
+        for k, says in _SAYS.items(): self.controls[k].tooltip = says
         self.text.add_class("uad-text")
         plane = w.HBox([w.Label("plane", layout=w.Layout(width="72px", display="flex", justify_content="flex-end", margin="2px 8px 2px 2px")), self.plane])
         groups = w.HBox([w.VBox([self.contrast, self.name, self.fold, self.row]), w.VBox([plane, self.slice, self.score, self.sigma]), w.VBox([self.rule, self.threshold, self.post])])
@@ -440,10 +453,9 @@ class _Controls:
     def _fill(self):
         "Set every control to the state, with the choices there are."
         s, v = self.state, self.view
-        m, t = v.models[s.model], v.cohort.table
+        m = v.models[s.model]
         same = lambda **kw: [o for o in v.models if all(getattr(o, k) == x for k, x in kw.items())]
-        who = lambda r: f"{t.subject_id[r]} ({NAMES.get(t.pathology[r], t.pathology[r]).lower()}{'' if t.split[r] == 'test' else ', validation' if t.pathology[r] != 'healthy' else ', ' + t.split[r]})"
-        choices = dict(contrast=[o.contrast for o in v.models], name=[o.name for o in same(contrast=m.contrast)], fold=[o.fold for o in same(contrast=m.contrast, name=m.name)], row=[(who(r), r) for r in v.rows(s.model)],
+        choices = dict(contrast=[o.contrast for o in v.models], name=[o.name for o in same(contrast=m.contrast)], fold=[o.fold for o in same(contrast=m.contrast, name=m.name)], row=[(v.who(r), r) for r in v.rows(s.model)],
                        score=[("SSIM at sigma" if n == "ssim" else score_label(n), n) for n in m.scores], rule=[(rule_label(r, m.healthy_ml), r) for r in v.rules(s)])
         threshold, depth = v.threshold(s), v.cohort.images.shape[1 + "xyz".index(PLANES[s.plane])]
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
@@ -605,8 +617,8 @@ class Inspector(_Drawing):
         m, rule = v.models[s.model], v.rule(s)
         key = "".join(f"<span><i style='color:rgb{c};font-style:normal'>&#9632;</i> {name}</span>" for name, c in (("found", FOUND), ("false alarm", FALSE), ("missed", MISSED)))
         head = f"Dice {n['dice'] * 100:.1f} %" if np.isfinite(n["dice"]) else "no lesion"
-        lesion = f"<span>{n['lesions_found']} of {n['lesions']} lesions found</span><span>lesion {n['lesion_ml']:.1f} mL</span>" if n["lesions"] else ""
-        t = f"threshold {n['threshold']:.3f}, {rule_label(rule, m.healthy_ml)}" if np.isfinite(n["threshold"]) else "the study has no threshold for this: move the slider <i>free</i>"
+        lesion = f"<span>{n['lesions_found']} of {n['lesions']} lesion{'s' * (n['lesions'] > 1)} found</span><span>lesion {n['lesion_ml']:.1f} mL</span>" if n["lesions"] else ""
+        t = f"threshold {n['threshold']:.3f}, {rule_label(rule, m.healthy_ml)}" if np.isfinite(n["threshold"]) else "the study has no threshold for this: move the slider below it"
         judged = [j for j in (sigma_of(k) for k in v._judged(s)) if j]
         if s.score == "ssim" and rule != "free" and not any(abs(j - s.sigma) < 1e-9 for j in judged): t += f" (of sigma {' and '.join(f'{j:g}' for j in judged)})"
         if s.rule not in (rule, "free"): t += f" (there is none: {rule_label(s.rule, m.healthy_ml)})"
@@ -627,14 +639,10 @@ def find_results(*places) -> Path:
     for pattern in ("report.html", "evaluate-*/run.json", "*/evaluate-*/run.json"):
         for p in places:
             if any(p.glob(pattern)): return p
+    if begun := next((p for p in places if any(p.glob("*/run.json"))), None): raise UadError(f"{begun.resolve()}: holds a study that is begun, but nothing is judged yet (no evaluate-... folder): run it to its end")
     raise UadError(f"{places[0].resolve()}: holds no study: run `make demo` or `uad demo` first, or name another folder")
 
 def inspect(out=None) -> Inspector:
-    "The inspector of the study in the folder `out` (default: see `find_results`), finished or not. Raises `UadError`, in a notebook one line, when there is nothing to see yet."
-    try:
-        results = gather([out if out is not None else find_results()])
-        return Inspector(View(results.cohort, restored_models(results)), notes=results.notes)
-    except UadError as e:
-        line = f"error: {e}"
-        e._render_traceback_ = lambda: [line]
-        raise
+    "The inspector of the study in the folder `out` (default: see `find_results`), finished or not. Raises `UadError` when there is nothing to see yet."
+    results = gather([out if out is not None else find_results()])
+    return Inspector(View(results.cohort, restored_models(results)), notes=results.notes)
