@@ -159,7 +159,7 @@ def test_kill_the_driver_softly(tiny_out, tmp_path):
 def test_many_finished_runs_are_skipped_without_work(tmp_path):
     "A study of some 200 runs that are all done: planned, found done and skipped, without starting a process or asking for a GPU."
     models = ", ".join(f"{{name: ae, label: m{i}, train: {{seed: {i}}}}}" for i in range(10))
-    (tmp_path/"many.yaml").write_text(f"format: uad-study/1\ndata: {{contrasts: [T2w], folds: 10, n_train: 20, n_val: 10}}\nmodels: [{models}]\n")
+    (tmp_path/"many.yaml").write_text(f"format: uad-study/1\ndata: {{contrasts: [T2w], folds: 10, n_train: 20, n_val: 2}}\nmodels: [{models}]\n")
     study, out = runs.read_study(tmp_path/"many.yaml"), tmp_path/"out"
     planned = runs.plan(study)
     assert len(planned) == 202

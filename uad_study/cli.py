@@ -253,11 +253,15 @@ def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], stu
           data: Data = None, yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False):
     "Remove the runs in OUT that none of the studies, as they are now, refers to (those of earlier settings), after showing them."
     import shutil
+    from uad_study.engines import at_work
     from uad_study.runs import out_folder, plan, read_study
+    from uad_study.slurm import live
     keep = {r.folder for s in study for r in plan(read_study(s), data)}
     if not Path(out).is_dir(): raise UadError(f"{out}: no such folder")
     with out_folder(out):
-        old = sorted(f.parent for f in Path(out).glob("*/run.json") if f.parent.name not in keep)
+        busy = {f.name for f in Path(out).iterdir() if at_work(f)} | set(live(out))
+        old = sorted(f.parent for f in Path(out).glob("*/run.json") if f.parent.name not in keep | busy)
+        for name in sorted(busy - keep): print(f"at work, kept: {Path(out)/name}")
         for f in old: print(f"{sum(p.stat().st_size for p in f.rglob('*') if p.is_file()) / 1e6:8.1f} MB  {f}")
         if not old: print("nothing to remove"); return
         if not yes and not typer.confirm(f"Remove these {len(old)} runs?"): return

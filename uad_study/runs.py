@@ -606,7 +606,7 @@ def out_folder(out):
     finally: lock.release()
 
 def run_environment(threads: int) -> dict:
-    "What the processes of a run have in their environment. Threads that wait spin by default: beside other work two of them are then slower than one (`python benchmarks/threads.py`)."
+    "What the processes of a run have in their environment. Threads that wait spin by default: beside other work two of them are then slower than one (`python benchmarks/engines.py`)."
     return {k: str(threads) for k in THREADS} | dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1")
 
 def start_run(out, run: Run, threads: int, gpus: str = "") -> subprocess.Popen:

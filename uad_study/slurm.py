@@ -233,7 +233,7 @@ def _ended(child: subprocess.Popen) -> bool:
 
 def _start_in(container: list[str], folder: Path, threads: int) -> subprocess.Popen:
     "As `runs.start_run`, with a command before it. The run is not told its parent: that may be the container's own process; SLURM ends all of a job's processes."
-    env = os.environ | {k: str(threads) for k in runs.THREADS} | dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1")
+    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | runs.run_environment(threads)
     with open(folder/"log.txt", "ab") as f:
         try: return subprocess.Popen([*container, "python", "-c", CODE, str(folder)], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         except OSError as e: raise UadError(f"engine.slurm.container: {container[0]}: {e.strerror}: mend it, or load it in engine.slurm.setup") from None
