@@ -73,7 +73,8 @@ def test_kill_stop_and_resume_a_training_run(training):
     assert parts[0]["start"] == 0 and parts[1]["start"] == stopped and parts[-1]["end"] == 12
     cells = [o for c in json.loads((folder/"notebook.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     table = next(h for o in cells if "stopped" in (h := "".join(o["data"]["text/html"])))                  # the whole story, not its last part
-    assert table.count("<tr") == 1 + len(parts) == 5 and "broken off" in table and "done" in table
+    told = {how: table.count(f"<td>{how}</td>") for how in ("stopped", "broken off", "done")}
+    assert sum(told.values()) == len(parts) and told["stopped"] == told["done"] == 1 and told["broken off"] >= 1, told       # (the last kill may have come after the last step)
     assert not [q for q in folder.rglob(".tmp-*")]
 
 
