@@ -102,7 +102,7 @@ ENGINE = "engine: {{device: cpu, slots: 1, threads: 1, slurm: {{partition: gpu, 
 def write_study(folder, steps=12, more="", contrasts="T2w", extra=""):
     "A tiny study as a YAML file, its judging made short. `more`: settings of engine.slurm; `extra`: a change of its text, (old, new)."
     text = TINY.split("engine:")[0].replace("contrasts: [T2w]", f"contrasts: [{contrasts}]").replace("steps: 12", f"steps: {steps}").replace("[intensity, l1, ssim_0.3, ssim_0.9, ssim_1.7, ssim_uniform, ssim_ens]", "[intensity, l1, ssim_0.9]")
-    text = text.replace("report: {steps_val: 1, steps_test: 1}", "report: {steps_val: 0, steps_test: 0, post_val: 0, post_test: 0}").replace("snapshots: [4]", "snapshots: []")
+    text = text.replace("report: {steps_val: 1, steps_test: 1, post_val: 1, post_test: 1,", "report: {steps_val: 0, steps_test: 0, post_val: 0, post_test: 0,").replace("snapshots: [4]", "snapshots: []")
     settings = dict(partition="gpu", cpus=1, memory_gb=2, gres="gpu:1", time=60, signal_seconds=40) | (more or {})
     (Path(folder)/"s.yaml").write_text((text.replace(*extra) if extra else text) + "engine: " + json.dumps(dict(device="cpu", slots=1, threads=1, slurm=settings)) + "\n")
     return Path(folder)/"s.yaml"
@@ -125,8 +125,9 @@ def trained(out):
 
 def saved(out):
     "The step of the newest whole checkpoint."
-    [f] = Path(out).glob("train-*/last.pt")
-    return torch.load(f, weights_only=False, map_location="cpu")["step"]
+    [f] = Path(out).glob("train-*")
+    newest = next(f/n for n in ("last.pt", "previous.pt") if (f/n).exists())              # a kill may come between the two renames
+    return torch.load(newest, weights_only=False, map_location="cpu")["step"]
 
 
 def sh(*command): return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)

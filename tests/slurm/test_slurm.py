@@ -1,5 +1,5 @@
 "A study on a real SLURM of one node: the same table as at home, and what a cluster does to jobs. Each fault loses at most what came after the last checkpoint, and no result differs by a bit."
-import json, os, re, shutil, subprocess, time
+import json, os, re, shutil, subprocess, sys, time
 import pandas as pd, psutil, pytest
 from cluster import drained, empty_queue, jobs, logs, run_here, saved, sh, slurm, state, step, trained, until, write_study
 from conftest import command, one_line, uad
@@ -7,21 +7,28 @@ from uad_study import runs
 from uad_study import slurm as engine
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
-STEPS = 160
+STEPS, LONG = 160, 1000              # SLURM looks at time limits once or twice a minute: a training must last for some minutes to meet one
 
 
-@pytest.fixture(scope="session")
-def at_home(tmp_path_factory):
-    "A folder in which the preparation and the training of STEPS steps ran without SLURM and without a break."
-    path = write_study(tmp_path_factory.mktemp("home"), STEPS)
+def undisturbed(folder, steps):
+    "A folder in which the preparation and the training of `steps` steps ran without SLURM and without a break."
+    path = write_study(folder, steps)
     study = runs.read_study(path)
     for r in runs.plan(study)[:2]: run_here(path.parent/"out", study, r)
     return path.parent/"out"
 
 
-def training(at_home, tmp_path, **more):
+@pytest.fixture(scope="session")
+def at_home(tmp_path_factory): return undisturbed(tmp_path_factory.mktemp("home"), STEPS)
+
+
+@pytest.fixture(scope="session")
+def long_at_home(tmp_path_factory): return undisturbed(tmp_path_factory.mktemp("long"), LONG)
+
+
+def training(at_home, tmp_path, steps=STEPS, **more):
     "A study of one long training, prepared, and the training's job submitted: (path, out, id)."
-    path = write_study(tmp_path, STEPS, more)
+    path = write_study(tmp_path, steps, more)
     study, out = runs.read_study(path), tmp_path/"out"
     prepare, train = runs.plan(study)[:2]
     shutil.copytree(at_home/prepare.folder, out/prepare.folder)
@@ -105,16 +112,16 @@ def test_fault_preempted_by_usr2(slurm, at_home, tmp_path):
     assert state(job) == "COMPLETED"
 
 
-def test_fault_time_limit(slurm, at_home, tmp_path):
+def test_fault_time_limit(slurm, long_at_home, tmp_path):
     "SLURM's own signal before its time limit, which is lowered once the training is on its way (a busy machine takes long to start)."
-    path, out, job = training(at_home, tmp_path, time=10, signal_seconds=100)
+    path, out, job = training(long_at_home, tmp_path, LONG, time=10, signal_seconds=100)
     at = begun(out)
     assert not sh("scontrol", "update", f"JobId={job}", "TimeLimit=2").returncode
     until("requeued", lambda: restarts(job))
-    assert at <= saved(out) < STEPS
+    assert at <= saved(out) < LONG
     sh("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     goes_on(out)
-    finished(out, at_home, job)
+    finished(out, long_at_home, job)
     assert state(job) == "COMPLETED" and "this job is timed-out" in "".join(f.read_text() for f in (out/"slurm").glob(f"{job}_0_log.*"))
 
 
@@ -237,7 +244,7 @@ def test_fault_sbatch_refuses(slurm, tmp_path, setting, says):
 def test_in_a_container(slurm, tmp_path):
     "The command prefix of a container: here one that only sets a variable, which the run's log shows."
     (tmp_path/"box").write_text("#!/bin/sh\necho in the box: $*\nexec env IN_A_BOX=1 \"$@\"\n"); (tmp_path/"box").chmod(0o755)
-    path = write_study(tmp_path, more=dict(container=f"{tmp_path}/box", setup=["export PATH=" + os.path.dirname(shutil.which("python")) + ":$PATH"]))
+    path = write_study(tmp_path, more=dict(container=f"{tmp_path}/box", setup=["export PATH=" + os.path.dirname(sys.executable) + ":$PATH"]))
     study, out = runs.read_study(path), tmp_path/"out"
     prepare = runs.plan(study)[0]
     [array] = engine.submit(study, out, only=[prepare.folder])
