@@ -56,7 +56,6 @@ def seconds(f, least=.2) -> float:
 
 def race(row: Row, rounds: int) -> Measured:
     same = row.same(row.ours(), row.theirs())
-    gc.collect()
     times = [(seconds(row.ours), seconds(row.theirs)) for _ in range(rounds)]
     return Measured(row.what, row.peer, *map(min, zip(*times)), same, row.bar)
 
@@ -202,6 +201,7 @@ def main():
     lines = []
     for name in a.rows:
         for row in ROWS[name]():
+            gc.collect()
             lines.append((row if isinstance(row, Measured) else race(row, a.rounds)).line())
             print(lines[-1], flush=True)
     if set(a.rows) != set(ROWS): return

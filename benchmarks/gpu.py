@@ -103,7 +103,7 @@ def main():
     lines = ["| what | measured | bar | met |", "|---|---|---|---|", f"| copy bandwidth, read and written | {bandwidth / 1e12:.3g} TB/s | | |", f"| bf16 matrix product, {size['n']} x {size['n']} | {rate / 1e12:.3g} TFLOP/s | | |",
              *training(config, size["batch"], device, size["volumes"], calls, rate), *scoring(device, calls, bandwidth)]
     v = provenance(device)
-    text = ["# Speed on a GPU", f"Measured by `make bench-gpu`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}; Python {v['python']}, "
+    text = ["# A smoke run on the CPU: its figures mean nothing" if a.smoke else "# Speed on a GPU", f"Measured by `make bench-gpu`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}; Python {v['python']}, "
             f"torch {v['packages']['torch']}, monai {version('monai')}. Means over {calls} calls, the best of three runs.", "\n".join(lines)]
     print("\n\n".join(text))
     if not a.smoke: (Path(__file__).parent/"gpu.md").write_text("\n\n".join(text) + "\n")
