@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Callable
 from unittest import mock
 import numpy as np, torch
+from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).parent))
 import judge, peers, streaming
 from uad_study import noise as noise_room, phantom
@@ -17,7 +18,7 @@ from uad_study.models import Denoiser, GaussianDDPMConfig, model_config, paramet
 from uad_study.noise import simplex_noise
 from uad_study.postprocess import erode_mask, median3d
 from uad_study.runs import provenance, read_study
-from uad_study.scores import ssim_ens
+from uad_study.scores import SIGMAS, kernel_size, ssim_ens
 from uad_study.train import Team, TrainConfig, _advance, _Training
 
 
@@ -62,14 +63,18 @@ def race(row: Row, rounds: int) -> Measured:
 
 def ssim():
     x, x_hat, _, _ = judge.scene()
-    def ensemble(x, x_hat):
-        S = np.stack(list(judge.torchmetrics_ssims(x, x_hat).values())); w = np.exp(-S)
+    def ensemble(ssims):
+        S = np.stack(list(ssims)); w = np.exp(-S)
         return 1 - (w * S).sum(0) / w.sum(0)
-    def same(mine, _):
-        d = np.abs(mine - ensemble(x.astype(np.float64), x_hat.astype(np.float64))).max()
-        assert mine.dtype == np.float32 and d < 1e-4, d
-        return f"to {d:.0e} (peer in float64)"
-    yield Row("SSIM-ens, eight sigmas, 96x96x50", "torchmetrics: 3-D SSIM image, eight calls", lambda: ssim_ens(x, x_hat), lambda: ensemble(x, x_hat), same, 25)
+    def exact(a, b, sigma, L):
+        m, n, aa, bb, ab = (gaussian_filter(v, sigma, mode="mirror", radius=kernel_size(sigma) // 2) for v in (a, b, a * a, b * b, a * b))
+        return (2 * m * n + (.01 * L)**2) * (2 * (ab - m * n) + (.03 * L)**2) / ((m * m + n * n + (.01 * L)**2) * (aa - m * m + bb - n * n + (.03 * L)**2))
+    def same(mine, theirs):                                                              # torchmetrics in float64 would take 12 GB
+        a, b = x.astype(np.float64), x_hat.astype(np.float64)
+        d, e = (np.abs(v - ensemble(exact(a, b, s, max(np.ptp(x), np.ptp(x_hat))) for s in SIGMAS)).max() for v in (mine, theirs))
+        assert mine.dtype == np.float32 and d < 1e-4 and e < 1e-2, (d, e)
+        return f"to {d:.0e} of SciPy's in float64 (peer: {e:.0e})"
+    yield Row("SSIM-ens, eight sigmas, 96x96x50", "torchmetrics: 3-D SSIM image, eight calls", lambda: ssim_ens(x, x_hat), lambda: ensemble(judge.torchmetrics_ssims(x, x_hat).values()), same, 25)
 
 
 def with_table_of(perm, size, octaves=6, frequency=64):
@@ -136,8 +141,10 @@ def subject(n=8):
     def same(*_):
         a, b = statistics(phantom), statistics(first)
         worst = max(abs(a[k] - b[k]) / max(abs(b[k]), .05) for k in a)
-        assert worst < .1, worst
-        return f"quantiles, power, SSIM between {n} subjects to {worst:.1%}"
+        x, y = (m.draw_anatomy(np.random.default_rng(3), 50).tissues for m in (phantom, first))
+        d = np.abs(x - y).max()
+        assert worst < .15 and d < 1e-3, (worst, d)                                     # scanners are drawn from other streams since, so that a few subjects differ by chance
+        return f"tissues of a seed to {d:.0e}; quantiles, power and SSIM of {n} subjects to {worst:.0%}"
     yield Row("virtual healthy subject, T1w and T2w", f"first version in this repo ({peers.FIRST_PHANTOM})", lambda: phantom.healthy(1), lambda: first.healthy(1), same, 2)
 
 
