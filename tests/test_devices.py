@@ -7,7 +7,7 @@ from uad_study.train import TrainConfig
 
 # Measured: training losses differ by 4e-6 or less over the first 11 steps and by 3e-5 or less over 40; validation losses by 4e-5 or less. Adam blows rounding up where gradients are nearly zero
 # (as of a bias before batch norm), and two threads against one thread differ as much: 3e-5 over these 40 steps of the autoencoder; at lr 1e-3, 4e-3 (two processes: 2e-3).
-EARLY, LOSS, VAL = 1e-5, 1e-4, 3e-4
+EARLY, LOSS, VAL, WEIGHTS = 1e-5, 1e-4, 3e-4, 1e-3
 CONFIG = TrainConfig(steps=20, batch_size=4, lr=1e-4, val_every=5, val_slices=26, snapshots=(10,), ema=.9, clip_norm=1., augment=True, checkpoint_minutes=60)
 
 
@@ -42,6 +42,8 @@ def assert_close(one, two, a: Curve, b: Curve):
     for f in ("best.pt", "snapshot-000010.pt"):
         x, y = weights(one/f), weights(two/f)
         assert x.keys() == y.keys()
+        far, size = (sum(float(d.double().square().sum()) for d in v) ** .5 for v in ([x[k] - y[k] for k in x if x[k].is_floating_point()], [x[k] for k in x if x[k].is_floating_point()]))
+        assert far < WEIGHTS * size, far / size
 
 
 @pytest.mark.parametrize("name", ["ddpm", pytest.param("ddpm_gaussian", marks=pytest.mark.slow), pytest.param("dae", marks=pytest.mark.slow), pytest.param("vae", marks=pytest.mark.slow)])

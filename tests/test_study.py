@@ -76,9 +76,9 @@ def test_clean_keeps_what_the_study_needs(tiny_out, tiny_yaml, tmp_path):
     out = tmp_path/"out"
     shutil.copytree(tiny_out, out, ignore=shutil.ignore_patterns("*.npy", "*.pt"))
     (out/"train-old").mkdir(); (out/"train-old"/"run.json").write_text("{}"); (out/"mine").mkdir()
-    (out/"train-busy").mkdir(); (out/"train-busy"/"run.json").write_text("{}")
+    (out/"train-busy").mkdir(); (out/"train-busy"/"run.json").write_text('{"train_dir": "../train-read"}'); (out/"train-read").mkdir(); (out/"train-read"/"run.json").write_text("{}")
     with FileLock(out/"train-busy"/".lock"): r = uad("clean", out, "--study", tiny_yaml, "--yes")                # a cluster's job is at it
-    assert (out/"train-busy").exists() and "at work, kept: " in r.stdout
+    assert (out/"train-busy").exists() and (out/"train-read").exists() and "at work, or needed there: " in r.stdout
     assert r.returncode == 0 and "train-old" in r.stdout and not (out/"train-old").exists() and (out/"mine").exists() and len(list(out.glob("*/result.json"))) == 4
 
 

@@ -133,6 +133,7 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool, retr
     _nothing_queued(out)
     print(f"{s.title} -> {out}")
     with Show() as show: lost = run_study(s, out, data, show, retry_failed)
+    if retry_failed and not done(out, plan(s, data)[-1]): print("what failed before is done now, other runs are still missing: go on without --retry-failed"); return
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
     if lost: raise UadError(f"{len(lost)} subject{'s' * (len(lost) > 1)} failed (listed above) and the report is without: mend the files, or take them out of manifest.csv, and run again")
 
@@ -253,20 +254,19 @@ def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], stu
           data: Data = None, yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False):
     "Remove the runs in OUT that none of the studies, as they are now, refers to (those of earlier settings), after showing them."
     import shutil
-    from uad_study.engines import at_work
-    from uad_study.runs import out_folder, plan, read_study
+    from uad_study.runs import at_work, needed, out_folder, plan, read_study
     from uad_study.slurm import live
     keep = {r.folder for s in study for r in plan(read_study(s), data)}
     if not Path(out).is_dir(): raise UadError(f"{out}: no such folder")
     with out_folder(out):
-        busy = {f.name for f in Path(out).iterdir() if at_work(f)} | set(live(out))
+        busy = needed(out, {f.name for f in Path(out).iterdir() if at_work(f)} | set(live(out)))
         old = sorted(f.parent for f in Path(out).glob("*/run.json") if f.parent.name not in keep | busy)
-        for name in sorted(busy - keep): print(f"at work, kept: {Path(out)/name}")
+        for name in sorted(busy - keep): print(f"at work, or needed there: {Path(out)/name}")
         for f in old: print(f"{sum(p.stat().st_size for p in f.rglob('*') if p.is_file()) / 1e6:8.1f} MB  {f}")
         if not old: print("nothing to remove"); return
         if not yes and not typer.confirm(f"Remove these {len(old)} runs?"): return
         for f in old:
-            try: shutil.rmtree(f)
+            try: shutil.rmtree(f.rename(f.with_name(f".tmp-{os.getpid()}-{f.name}")))               # at once no run any more: half of one would pass for a whole
             except OSError as e: raise os_error(f, e) from None
 
 @app.command()

@@ -7,8 +7,8 @@ __all__ = ['SLURM_OWN', 'STUDY', 'STUDY_KEYS', 'PARTS', 'STAGES', 'RUN', 'RESULT
            'PLAN', 'SlurmConfig', 'EngineConfig', 'Entry', 'Study', 'packaged_studies', 'read_study', 'Run', 'slug',
            'plan', 'done', 'failed_subjects', 'stage_notebook', 'check_parameters', 'injected_parameters', 'provenance',
            'cores', 'pick_device', 'device_name', 'Ticker', 'parallel_map', 'write_run', 'note_attempt', 'attempts',
-           'execute_run', 'write_metrics', 'main', 'out_folder', 'run_environment', 'start_run', 'read_progress',
-           'write_plan', 'planned_report', 'publish']
+           'execute_run', 'write_metrics', 'main', 'out_folder', 'at_work', 'needed', 'run_environment', 'start_run',
+           'read_progress', 'write_plan', 'planned_report', 'publish']
 
 # %% ../nbs/41_runs.ipynb #50a81004
 import importlib.metadata, json, os, platform, re, shutil, signal, subprocess, sys, threading, time
@@ -276,7 +276,16 @@ def _scans(data_dir, seed: int) -> dict:
 def done(out, run: Run) -> bool:
     "Whether the result of `run` is in `out`: whole, final, for this key, and from the cohort that is there now."
     r, cohort = _result(Path(out)/run.folder, run.key), _cohort(out, run.needs)
-    return r is not None and r.get("cohort", cohort) == cohort
+    return r is not None and r.get("cohort", cohort) == cohort and _same_weights(out, run, r)
+
+def _same_weights(out, run: Run, result: dict) -> bool:
+    "Whether an evaluation is of the weights that its training has now: one that was made again, on another device, has others."
+    mine = result.get("results", {}).get("checkpoint_sha256")
+    for n in run.needs if mine and run.stage == "evaluate" else ():
+        try: theirs = read_json(Path(out)/n/"result.json", RESULT).get("results", {}).get("checkpoint_sha256")
+        except UadError: continue
+        if theirs and theirs != mine: return False
+    return True
 
 def _result(folder, key: str) -> dict | None:
     "The result in `folder`, if it is whole, for `key`, and final."
@@ -345,6 +354,7 @@ def pick_device(device: str = "auto") -> str:
     "A torch device: 'auto' takes a GPU where there is one. Raises `UadError` when the named one is not there."
     import torch
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and torch.cuda.is_available() and int(device[5:]) >= torch.cuda.device_count(): raise UadError(f"engine.device: {device!r} is not there: torch sees {torch.cuda.device_count()}, numbered from 0")
     if device.startswith("cuda") and not torch.cuda.is_available(): raise UadError(f"engine.device: {device!r} is not there: no GPU is visible to torch {torch.__version__}: use cpu")
     return device
 
@@ -443,8 +453,10 @@ ATTEMPT, STOPPED_CODE, GRACE = "uad-attempt/1", 75, 120
 
 def note_attempt(folder, **facts):
     "Add a line to attempts.jsonl in a run's folder."
-    with open(Path(folder)/"attempts.jsonl", "a") as f:
-        f.write(json.dumps(dict(format=ATTEMPT) | facts) + "\n"); f.flush(); os.fsync(f.fileno())
+    with open(Path(folder)/"attempts.jsonl", "a+b") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+        if f.read(1) not in (b"", b"\n"): f.write(b"\n")                # a crash cut the last line short
+        f.write(json.dumps(dict(format=ATTEMPT) | facts).encode() + b"\n"); f.flush(); os.fsync(f.fileno())
 
 def attempts(folder) -> list[dict]:
     """How often the run in `folder` was begun and how each attempt ended, from attempts.jsonl: `attempt` (1, 2, ...), `time` (UTC), `how` ('done', 'failed', 'stopped', or 'killed'
@@ -468,11 +480,11 @@ def _reached(folder) -> list | None:
 
 @contextmanager
 def _attempt(folder):
-    "Note an attempt at the run in `folder`: its begin, and how it ended."
+    "Note an attempt at the run in `folder`: its begin, and how it ended. Yields its number."
     n, started = max([a["attempt"] for a in attempts(folder)], default=0) + 1, time.monotonic()
     note_attempt(folder, attempt=n, event="start", time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), before=_reached(folder), **({"job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}))
     def end(how): note_attempt(folder, attempt=n, event="end", how=how, seconds=round(time.monotonic() - started, 1), reached=_reached(folder))
-    try: yield
+    try: yield n
     except Stopped: end("stopped"); raise
     except BaseException:
         try: end("failed")
@@ -487,31 +499,33 @@ def _asked(folder, stage: str):
     """Yield `asked()`: whether this process got SIGTERM, SIGUSR1 or SIGUSR2 in the block. They ask a training to save its state and stop (by the file `stop`; it is killed after `GRACE` seconds);
     what runs of other stages have half done is worth little, so their kernels end at once."""
     import psutil
-    asked, late = threading.Event(), threading.Timer(GRACE, lambda: kill())
+    asked, over = threading.Event(), threading.Event()
     def kill():
-        for p in psutil.Process().children(recursive=True):
-            try: p.kill()
-            except psutil.NoSuchProcess: pass
+        if stage == "train": over.wait(float(os.environ.get("UAD_GRACE", GRACE)))
+        while not over.wait(.5):                                         # again and again: the kernel may be about to start
+            for p in psutil.Process().children(recursive=True):
+                try: p.kill()
+                except psutil.NoSuchProcess: pass
     def ask(*_):
         if asked.is_set(): return
         asked.set()
-        if stage == "train": (folder/STOP_FILE).touch(); late.start()
-        else: kill()
-    late.daemon = True
+        if stage == "train": (folder/STOP_FILE).touch()
+        threading.Thread(target=kill, daemon=True).start()
     main = threading.current_thread() is threading.main_thread()
     earlier = {s: signal.signal(s, ask) for s in STOP_SIGNALS} if main else {}
     try: yield asked.is_set
     finally:
-        late.cancel()
+        over.set()
         for s, handler in earlier.items(): signal.signal(s, handler)
 
 def _execute(folder: Path, label: str, notebook, parameters: dict, asked):
     "Execute `notebook` as `folder`/notebook.ipynb; what fails in it is raised as a `UadError` of one line, `Stopped` where it was asked to stop."
     import papermill as pm
     from papermill.exceptions import PapermillExecutionError
+    if asked(): raise Stopped(f"{label}: stopped before it began: run again")
     try: pm.execute_notebook(str(notebook), str(folder/"notebook.ipynb"), parameters=parameters, cwd=str(folder), progress_bar=False, log_output=True, kernel_name="python3")
     except PapermillExecutionError as e:
-        if e.ename == "Stopped": raise Stopped(f"{label}: {e.evalue.strip()}") from None
+        if e.ename == "Stopped" or asked() and "was killed, probably" in e.evalue: raise Stopped(f"{label}: {e.evalue.strip()}") from None       # a team's process that was asked before it could listen
         if e.ename == "UadError": raise UadError(e.evalue.strip()) from None
         if e.ename == "OSError" and "No space left" in e.evalue: raise UadError(f"{folder}: the disk is full: free some space and run again") from None
         raise UadError(f"{label}: {e.ename}: {e.evalue.strip().splitlines()[-1] if e.evalue.strip() else ''}: see {folder/'notebook.ipynb'}") from None
@@ -520,8 +534,11 @@ def _execute(folder: Path, label: str, notebook, parameters: dict, asked):
         if asked(): raise Stopped(f"{label}: stopped: run again to go on") from None
         raise UadError(f"{label}: the kernel died, probably for want of memory or disk space: free some and run again") from None
     finally: _strip_places(folder/"notebook.ipynb")
-    ran = injected_parameters(folder/"notebook.ipynb")
-    if json.dumps(ran, sort_keys=True) != json.dumps(parameters, sort_keys=True): raise UadError(f"{folder/'notebook.ipynb'}: ran with other parameters than asked for: delete the folder and run again")
+    _same_values(folder, parameters, injected_parameters(folder/"notebook.ipynb"))
+
+def _same_values(folder, asked: dict, ran: dict):
+    for k, v in asked.items():
+        if json.dumps(v, sort_keys=True) != json.dumps(ran.get(k), sort_keys=True): raise UadError(f"{folder/'notebook.ipynb'}: ran with {k} = {ran.get(k)!r}, not {v!r} as asked for: mend the notebook of this stage, and run again")
 
 
 # %% ../nbs/41_runs.ipynb #428f7678
@@ -538,16 +555,16 @@ def execute_run(folder):
         try:
             for f in ("error.txt", "result.json", STOP_FILE): (folder/f).unlink(missing_ok=True)
             remove_leftovers(folder, *(p for p in folder.iterdir() if p.is_dir()))
-            with _attempt(folder), _asked(folder, spec["stage"]) as asked, stage_notebook(spec["stage"]) as notebook:
+            with _attempt(folder) as n, _asked(folder, spec["stage"]) as asked, stage_notebook(spec["stage"]) as notebook:
                 engine = spec["engine"] | dict(device=pick_device(spec["engine"]["device"]))             # 'auto' where the driver cannot know: on a cluster
                 parameters = spec["parameters"] | engine
                 check_parameters(notebook, parameters)
                 _execute(folder, spec["label"], notebook, parameters, asked)
                 results = read_json(folder/"metrics.json", "uad-metrics/1")
                 results.pop("format")
+                if (ran := results.pop("ran_with", None)) is not None: _same_values(folder, parameters, ran)
                 seconds = round(time.monotonic() - started, 1)
-                tries = attempts(folder)
-                tries[-1].update(how="done", seconds=seconds)
+                tries = [a | (dict(how="done", seconds=seconds) if a["attempt"] == n else {}) for a in attempts(folder)]
                 write_json(folder/"result.json", dict(stage=spec["stage"], version=STAGES[spec["stage"]], label=spec["label"], key=spec["key"], study=spec["study"], parameters=spec["parameters"], cohort=spec.get("cohort"), results=results,
                            attempts=tries, provenance=provenance(engine["device"]) | dict(seconds=seconds, peak_memory_mb=_peak_memory_mb())), RESULT)
             (folder/"progress.json").unlink(missing_ok=True)
@@ -573,7 +590,14 @@ def _peak_memory_mb() -> int:
     return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 def write_metrics(folder, **values):
-    "What an experiment notebook hands to its result: plain numbers and strings, written as its last act."
+    """What an experiment notebook hands to its result: plain numbers and strings, written as its last act.
+
+    With them goes what its parameters are then, so that `execute_run` can tell a notebook that gave them other values from one that ran with those it was given."""
+    from IPython import get_ipython
+    shell, spec = get_ipython(), Path(folder)/"run.json"
+    if shell and spec.exists():
+        asked = read_json(spec, RUN)
+        values["ran_with"] = {k: shell.user_ns.get(k) for k in asked["parameters"] | asked["engine"]}
     write_json(Path(folder)/"metrics.json", values, "uad-metrics/1")
 
 # %% ../nbs/41_runs.ipynb #9cdaee03
@@ -599,11 +623,30 @@ def out_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
-        if not (out/"jobs.json").exists(): remove_leftovers(out, out/"figures", *out.glob("train-*"))          # else jobs of a cluster may be writing there
+        if not (out/"jobs.json").exists() and not any(at_work(f.parent) for f in out.glob("*/run.json")):      # else somebody may be writing there: a cluster's job, or what a killed driver left
+            remove_leftovers(out, out/"figures", *out.glob("train-*"))
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
     finally: lock.release()
+
+def at_work(folder) -> bool:
+    "Whether a process works on the run in `folder` now: it holds the lock. Looking changes nothing, needs no permission to write, and is not in anybody's way."
+    import fcntl
+    try:
+        with open(Path(folder)/".lock") as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    except OSError: pass                                          # nobody has begun there
+    return False
+
+def needed(out, folders) -> set[str]:
+    "`folders` (names in `out`), and all that these read, and those again."
+    found, new = set(), set(folders)
+    while new:
+        found |= new
+        texts = [p.read_text() for n in new if (p := Path(out)/n/"run.json").is_file()]
+        new = {n for t in texts for n in re.findall(r'"\.\./([^/"]+)', t)} - found
+    return found
 
 def run_environment(threads: int) -> dict:
     "What the processes of a run have in their environment. Threads that wait spin by default: beside other work two of them are then slower than one (`python benchmarks/engines.py`)."

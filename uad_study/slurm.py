@@ -155,7 +155,7 @@ class Job:
         self.asked, self.child = False, None
         signal.signal(signal.SIGTERM, self._pass_on)
         if self.data_dir: os.environ["UAD_DATA"] = self.data_dir
-        failed = 0
+        os.environ["UAD_GRACE"], failed = str(self.study.engine.slurm.signal_seconds), 0
         for r in self.items:
             if self.asked: failed += 1; break
             try: failed += not self._run(r)
@@ -281,6 +281,7 @@ def submit(study: Study, out, data_dir=None, only_failed: bool = False, dry_run:
     Raises `UadError` when SLURM or submitit is not there, when another driver works in `out`, and when sbatch refuses: then nothing stays in the queue."""
     planned, data_dir = runs.plan(study, data_dir), str(Path(data_dir).resolve()) if data_dir else None
     if only_failed: only = {r.folder for r in failed_again(Path(out), planned)}
+    if ":" in study.engine.device: raise UadError(f"engine.device: {study.engine.device!r} means nothing on a cluster, where each job gets GPUs of its own: set it to cuda, and engine.slurm.gres")
     if dry_run: return arrays(planned, out, live(out), only)
     _check_slurm()
     with runs.out_folder(out) as out, _clean_environment():

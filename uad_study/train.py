@@ -266,8 +266,9 @@ def newest_checkpoint(folder, settings: dict) -> tuple[dict | None, str]:
 
 def _holds(path, step: int) -> bool:
     "Whether the best weights at `path` are whole, and of `step` or (written after the checkpoint that is gone on from) later."
+    if not Path(path).exists(): return False
     try: return read_checkpoint(path)["step"] >= step
-    except UadError: return False
+    except DamagedCheckpoint: return False
 
 def read_parts(folder, settings: dict) -> list[dict]:
     "The attempts at the training of `settings` in `folder` so far, first to last: dict(start, end, seconds, how); [] where none are known. `end`: the step that was reached (at least)."
@@ -325,6 +326,7 @@ class _Training:
         if last: self.resume(last)
         self.found = last and last["file"]
         self.net = team.wrap(self.model)
+        if team.sums(self.step)[0] != team.size * self.step: raise UadError(f"{self.folder}: its checkpoint changed while it was read: run again to go on")
         self.started = self.saved = self.noted = time.monotonic()
         self.parts = read_parts(self.folder, self.settings)
         if not (self.parts and self.parts[-1]["how"] == "done" and self.step == config.steps):
@@ -390,7 +392,8 @@ def _judge(t: _Training) -> bool:
         t.records.append(dict(step=t.step, loss=float(np.mean(t.running)), val_loss=val, lr=learning_rate(t.config, t.step - 1), seconds=round(t.spent(), 2)))
         t.running = []
         if val < t.best[0]:
-            t.best = (val, t.step); t.team.save(t.folder/BEST, contents(t.judged, step=t.step, val_loss=val, **t.place))
+            t.best, t.due = (val, t.step), True                            # last.pt at once, too: an attempt that repeats these steps on a GPU may find another best
+            t.team.save(t.folder/BEST, contents(t.judged, step=t.step, val_loss=val, **t.place))
     t.write_metrics()
     if t.board:
         for k in ("val_loss", "lr"):
