@@ -199,7 +199,7 @@ def test_kill_the_driver_softly(tiny_out, tmp_path):
     (tmp_path/"long.yaml").write_text(TINY.replace("steps: 12", "steps: 5000").replace("checkpoint_minutes: 0", "checkpoint_minutes: 60"))
     prepared, out = next(tiny_out.glob("prepare-*")), tmp_path/"out"
     shutil.copytree(prepared, out/prepared.name)
-    driver = subprocess.Popen(command("run", tmp_path/"long.yaml", "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    driver = subprocess.Popen(command("run", "long.yaml", "--out", "out"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})      # relative, as people type it
     wait_for(lambda: any(json.loads(p.read_text())["done"] > 2 for p in out.glob("train-*/progress.json")))
     folder = next(out.glob("train-*"))
     with pytest.raises(UadError, match="another `uad` command works there"), runs.out_folder(out): pass       # a second driver is refused

@@ -83,8 +83,8 @@ class Show:
         from rich.console import Console
         from rich.live import Live
         import time
-        self.console, self.clock, self.started, self.states, self.said = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic, {}, {}, {}
-        self.live = Live(console=self.console, transient=True, refresh_per_second=4, get_renderable=lambda: table(self.states.values()) if self.states else "")
+        self.console, self.clock, self.started, self.states, self.said, self.total, self.finished = Console(highlight=False, markup=False, soft_wrap=True), time.monotonic, {}, {}, {}, 0, 0
+        self.live = Live(console=self.console, transient=True, refresh_per_second=4, get_renderable=lambda: table(self.states.values(), f"{self.finished} of {self.total} runs done") if self.states else "")
 
     def __enter__(self):
         if self.console.is_terminal: self.live.start()
@@ -97,7 +97,9 @@ class Show:
         from uad_study.engines import State
         if kind == "skipped": self.console.print(f"  done already  {run.label}")
         if kind == "warning": self.console.print(f"  not usable    {info['text']}")
-        if kind == "stopping": self.console.print("  stopping      trainings save their state (Ctrl-C again: do not wait for them)")
+        if kind == "planned": self.total = info["runs"]
+        if kind in ("skipped", "done"): self.finished += 1
+        if kind == "stopping": self.console.print("  stopping" + "      trainings save their state (Ctrl-C again: do not wait for them)" * info["saves"])
         if kind == "started":
             self.started[run.folder], self.states[run.folder] = self.clock(), State(run.folder, run.label, run.stage, "running")
             if not self.console.is_terminal: self.console.print(f"  started       {run.label}")
@@ -210,6 +212,7 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
            watch: Annotated[bool, typer.Option("--watch", "-w", help="Look again every two seconds, until nothing is at work.")] = False):
     "Where each run of a folder of results stands: done, running, failed, stopped, killed, waiting; from any shell, while others work on it."
     import time
+    from dataclasses import replace
     from rich.console import Console
     from uad_study.engines import states
     from uad_study.slurm import job_states
@@ -221,7 +224,10 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
                 live.update(table(found, counts(found)), refresh=True)
                 if not any(s.state == "running" for s in found): return
                 time.sleep(2); found = states(out, job_states(out))
-    if console.is_terminal: console.print(table(found))
+    if console.is_terminal:
+        long = [s for s in found if len(s.note) > 40]
+        console.print(table([replace(s, note="see below") if s in long else s for s in found]))
+        for s in long: console.print(f"{s.label}: {s.note}")
     else:
         for s in found: print(f"{s.state:<10} {s.label:<36} " + "  ".join(f"{h} {c}".strip() if h != "steps" else c for h, c in zip(HEADS[2:], row(s)[2:]) if c))
     console.print(counts(found))
@@ -254,6 +260,7 @@ def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], stu
           data: Data = None, yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False):
     "Remove the runs in OUT that none of the studies, as they are now, refers to (those of earlier settings), after showing them."
     import shutil
+    from uad_study.engines import states
     from uad_study.runs import at_work, needed, out_folder, plan, read_study
     from uad_study.slurm import live
     keep = {r.folder for s in study for r in plan(read_study(s), data)}
@@ -262,7 +269,8 @@ def clean(out: Annotated[Path, typer.Argument(help="A folder of results.")], stu
         busy = needed(out, {f.name for f in Path(out).iterdir() if at_work(f)} | set(live(out)))
         old = sorted(f.parent for f in Path(out).glob("*/run.json") if f.parent.name not in keep | busy)
         for name in sorted(busy - keep): print(f"at work, or needed there: {Path(out)/name}")
-        for f in old: print(f"{sum(p.stat().st_size for p in f.rglob('*') if p.is_file()) / 1e6:8.1f} MB  {f}")
+        known = {s.folder: s for s in states(out)} if old else {}
+        for f in old: print(f"{sum(p.stat().st_size for p in f.rglob('*') if p.is_file()) / 1e6:8.1f} MB  {f}" + (f"  {s.label}{' (failed)' * (s.state == 'failed')}" if (s := known.get(f.name)) else ""))
         if not old: print("nothing to remove"); return
         if not yes and not typer.confirm(f"Remove these {len(old)} runs?"): return
         for f in old:

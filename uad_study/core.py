@@ -168,8 +168,11 @@ def from_dict(cls, data: dict, where: str = ""):
 
 def _as_number(value) -> str:
     "A hint for text that is a number to people but not to YAML, such as 1e-4."
-    try: return f": YAML takes it for text, write {float(value):f}".rstrip("0") if isinstance(value, str) else ""
-    except ValueError: return ""
+    try: number = float(value) if isinstance(value, str) else None
+    except ValueError: number = None
+    if number is None: return ""
+    plain = f"{number:f}".rstrip("0") if 1e-6 <= abs(number) < 1e12 else f"{number:.1e}"
+    return f": YAML takes it for text, write {plain}"
 
 def read_yaml(path) -> dict:
     "The mapping in a YAML file (`yaml.safe_load`). Raises `UadError` naming file, line and column when it is not one."

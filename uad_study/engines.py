@@ -170,7 +170,7 @@ def _failure(folder: Path, run: Run, code: int) -> str:
 
 # %% ../nbs/55_engines.ipynb #af4838a9
 def run_study(study: Study, out, data_dir=None, on_event=None, only_failed: bool = False) -> list[str]:
-    """Run what is missing of `study` in `out`, then put its report there. `on_event(kind, run, info)` hears 'skipped', 'started', 'progress', 'done', 'failed', 'stopping', and 'warning' (`info['text']`).
+    """Run what is missing of `study` in `out`, then put its report there. `on_event(kind, run, info)` hears 'planned' (`info['runs']`: how many), 'skipped', 'started', 'progress', 'done', 'failed', 'stopping', and 'warning' (`info['text']`).
 
     `only_failed`: of what is missing, only the runs that failed before, and those that need them. Returns a sentence for each subject that failed; the study goes on without them, and the
     next call prepares again. Raises `UadError` naming the failed runs when the rest is finished; the results of the others are kept."""
@@ -180,13 +180,14 @@ def run_study(study: Study, out, data_dir=None, on_event=None, only_failed: bool
         write_plan(out, study, planned)
         if not done(out, planned[-1]): write_run(out, planned[-1], study, study.engine.device)                    # what is planned is known from now on
         pool = Pool(study, out, failed_again(out, planned) if only_failed else planned, tell)
+        tell("planned", None, dict(runs=len(pool.waiting)))
         try:
             while pool.waiting or pool.working:
                 pool.settle(); pool.start()
                 if pool.working: time.sleep(.2)
                 pool.look()
         except KeyboardInterrupt:
-            if pool.working: tell("stopping", None, {})
+            if pool.working: tell("stopping", None, dict(saves=any(r.stage == "train" for r, *_ in pool.working.values())))
             raise
         finally: _stop([process for _, process, *_ in pool.working.values()])
         if planned[-1].folder in pool.finished: publish(out, planned[-1])
@@ -198,7 +199,9 @@ def failed_again(out: Path, planned: list[Run]) -> list[Run]:
     failed = {r.folder for r in planned if r.stage != "report" and not done(out, r) and not at_work(out/r.folder)
               and ((out/r.folder/"error.txt").exists() or any(a["how"] in ("failed", "killed", "") for a in attempts(out/r.folder)[-1:]))}
     if not failed and not done(out, report := planned[-1]) and (out/report.folder/"error.txt").exists(): failed = {report.folder}
-    if not failed: raise UadError(f"{out}: no run of this study failed: leave out --retry-failed")
+    if not failed:
+        other = [s.label for s in states(out) if s.state == "failed" and s.folder not in {r.folder for r in planned}] if (out/"plan.json").exists() else []
+        raise UadError(f"{out}: no run of this study failed" + (f" with the settings it has now (with earlier ones: {other[0]}): a changed setting makes a new run" if other else "") + ": leave out --retry-failed")
     wanted = set(failed)
     for r in planned:
         if wanted.intersection(r.needs): wanted.add(r.folder)

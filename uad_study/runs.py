@@ -499,7 +499,7 @@ def _asked(folder, stage: str):
     """Yield `asked()`: whether this process got SIGTERM, SIGUSR1 or SIGUSR2 in the block. They ask a training to save its state and stop (by the file `stop`; it is killed after `GRACE` seconds);
     what runs of other stages have half done is worth little, so their kernels end at once."""
     import psutil
-    asked, over = threading.Event(), threading.Event()
+    asked, over, stop = threading.Event(), threading.Event(), (Path(folder)/STOP_FILE).absolute()          # papermill changes the working folder meanwhile
     def kill():
         if stage == "train": over.wait(float(os.environ.get("UAD_GRACE", GRACE)))
         while not over.wait(.5):                                         # again and again: the kernel may be about to start
@@ -509,7 +509,7 @@ def _asked(folder, stage: str):
     def ask(*_):
         if asked.is_set(): return
         asked.set()
-        if stage == "train": (folder/STOP_FILE).touch()
+        if stage == "train": stop.touch()
         threading.Thread(target=kill, daemon=True).start()
     main = threading.current_thread() is threading.main_thread()
     earlier = {s: signal.signal(s, ask) for s in STOP_SIGNALS} if main else {}
@@ -570,7 +570,7 @@ def execute_run(folder):
             (folder/"progress.json").unlink(missing_ok=True)
         except Stopped: raise
         except (UadError, OSError) as e:
-            error = e if isinstance(e, UadError) else os_error(folder, e)
+            error = e if isinstance(e, UadError) else os_error(e.filename or folder, e)
             try: (folder/"error.txt").write_text(f"{error}\n")
             except OSError: pass
             raise error from None
