@@ -7,7 +7,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv dev demo test test-all test-slurm lab bench notebooks gate clean
+.PHONY: help venv dev demo test test-all test-slurm lab bench bench-gpu notebooks gate clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -49,8 +49,11 @@ test-slurm: dev           ## a real SLURM of one node, installed from Debian's p
 	  apt-get update -qq && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; break; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m slurm
 
-bench: dev                ## time the parts; keeps the table in benchmarks/
-	$(BIN)/python benchmarks/bench.py
+bench: dev                ## the parts against what anyone can install; keeps the table in benchmarks/
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+
+bench-gpu: dev            ## training and scoring on a GPU, against its limits and MONAI; keeps the table in benchmarks/
+	$(BIN)/python benchmarks/gpu.py
 
 notebooks: dev            ## execute the library notebooks in place, so that their figures are fresh
 	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False nbs/[0-9]*.ipynb

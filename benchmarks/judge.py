@@ -28,10 +28,15 @@ def ours(x, x_hat, brain, truth) -> np.ndarray:
     return np.array(out)
 
 
-def plain(x, x_hat, brain, truth) -> np.ndarray:
+def torchmetrics_ssims(x, x_hat) -> dict:
+    "The SSIM image of each sigma."
     a, b = (torch.from_numpy(v)[None, None] for v in (x, x_hat))
     L = float(max(a.max() - a.min(), b.max() - b.min()))
-    ssim = {s: structural_similarity_index_measure(a, b, sigma=float(s), kernel_size=kernel_size(s), data_range=L, gaussian_kernel=True, return_full_image=True)[1][0, 0].numpy() for s in SIGMAS}
+    return {s: structural_similarity_index_measure(a, b, sigma=float(s), kernel_size=kernel_size(s), data_range=L, gaussian_kernel=True, return_full_image=True)[1][0, 0].numpy() for s in SIGMAS}
+
+
+def plain(x, x_hat, brain, truth) -> np.ndarray:
+    ssim = torchmetrics_ssims(x, x_hat)
     S = np.stack(list(ssim.values())); w = np.exp(-S); w /= w.sum(0)
     maps = [np.abs(x - x_hat), (x - x_hat)**2, *(1 - s for s in ssim.values()), 1 - S.mean(0), 1 - (w * S).sum(0)]
     cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)[:, :, None]
@@ -46,9 +51,21 @@ def plain(x, x_hat, brain, truth) -> np.ndarray:
     return np.array(out)
 
 
+def scene() -> tuple:
+    "Image, reconstruction, brain mask and truth of a virtual patient."
+    s = phantom.diseased(1, "ms")
+    return s.images["T2w"], (gaussian_filter(s.twins["T2w"], .6) * s.brain_mask).astype(np.float32), s.brain_mask, s.lesion_mask
+
+
+def agree(mine, theirs) -> np.ndarray:
+    "The largest difference in Dice and in AUPRC, which must be small."
+    d = np.abs(mine - theirs)[:, 1:].max(0)
+    assert d[0] < 2e-3 and d[1] < 2e-4, d
+    return d
+
+
 def main(n=3):
-    s = phantom.diseased(1, "ms"); x = s.images["T2w"]; x_hat = (gaussian_filter(s.twins["T2w"], .6) * s.brain_mask).astype(np.float32)
-    args, rows = (x, x_hat, s.brain_mask, s.lesion_mask), []
+    args, rows = scene(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         times = {}
@@ -57,8 +74,7 @@ def main(n=3):
             for _ in range(n): t = time.perf_counter(); result = f(*args); each.append(time.perf_counter() - t)
             times[f] = min(each), result
         (a, mine), (b, theirs) = times[ours], times[plain]
-        np.testing.assert_allclose(mine[:, 2], theirs[:, 2], atol=2e-4); np.testing.assert_allclose(mine[:, 1], theirs[:, 1], atol=2e-3)
-        rows.append((threads, a, b, np.abs(mine - theirs)[:, 1:].max(0)))
+        rows.append((threads, a, b, agree(mine, theirs)))
     p = provenance()
     lines = [f"Measured by `python benchmarks/judge.py`, {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}: {p['cores']} cores ({p['machine']}), Python {p['python']}, torch {p['packages']['torch']}. Best of {n}.", "",
              f"One volume of 96x96x50 judged whole by {len(NAMES)} scores: maps, erosion, median, exact best threshold, components, Dice, AUPRC. Peer: torchmetrics, scipy, scikit-image, scikit-learn, written plainly.", "",

@@ -35,6 +35,13 @@ def test_help_is_quick():
     for c in ("demo", "run", "status", "report", "clean", "explore", "manifest"): assert uad(c, "--help").returncode == 0
 
 
+@pytest.mark.parametrize("module, without", [("scores", "monai nibabel nilearn matplotlib scipy pandas"), ("metrics", "monai nibabel nilearn matplotlib pandas"), ("postprocess", "torch monai"), ("phantom", "torch monai"), ("models", "monai"), ("train", "monai")])
+def test_imports_leave_out_what_is_not_needed(module, without):
+    code = f"import sys, uad_study.{module}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert "numpy" in r.stdout.split() and not set(without.split()) & set(r.stdout.split())
+
+
 def parameters(path):
     module, name = path.rsplit(".", 1)
     return list(inspect.signature(getattr(importlib.import_module("uad_study." + module), name)).parameters)

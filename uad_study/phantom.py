@@ -18,7 +18,7 @@ from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML
 # %% ../nbs/11_phantom.ipynb #6b3e51b9
 PATHOLOGIES = {"tumour": "T2w", "ms": "T2w", "stroke": "T1w", "wmh": "T1w"}
 "The pathologies and the contrast on which each is judged (those of the paper's data sets)."
-PHANTOM_VERSION = 2
+PHANTOM_VERSION = 3
 "Raised when a change alters the virtual subjects: part of a run's key."
 
 def signed_distance(mask) -> np.ndarray:
@@ -100,11 +100,12 @@ class Anatomy:
     rim: np.ndarray
     age: float
 
-def warp(volumes, displacement, order: int = 1) -> list:
-    "Each (H, W, D) volume sampled at x + displacement(x), `displacement` (3, H, W, D) in mm."
-    from scipy.ndimage import map_coordinates
-    at = np.stack([i + d / SPACING for i, d in zip(np.ogrid[tuple(slice(n) for n in GRID_SHAPE)], displacement)])
-    return [map_coordinates(v, at, order=order, mode="nearest", output=np.float32) for v in volumes]
+def warp(volumes, displacement) -> list:
+    "Each (H, W, D) volume sampled linearly at x + displacement(x), `displacement` (3, H, W, D) in mm; the edge goes on outside. (torch's `grid_sample` of all at once takes a third of the time of SciPy's `map_coordinates`.)"
+    import torch
+    at = [2 * (i.astype(np.float32) + d / np.float32(SPACING)) / (n - 1) - 1 for i, d, n in zip(np.ogrid[tuple(slice(n) for n in GRID_SHAPE)], displacement, GRID_SHAPE)]
+    stacks = (torch.from_numpy(np.stack(a, axis)) for a, axis in ((volumes, 0), (at[::-1], -1)))
+    return list(torch.nn.functional.grid_sample(*(s.float()[None] for s in stacks), padding_mode="border", align_corners=True)[0].numpy())
 
 WARP = ((2.1, 60.0), (0.9, 25.0), (0.4, 10.0))
 "Displacement: standard deviation (mm) and FWHM (mm) of each scale."

@@ -41,7 +41,7 @@ def median3d(volume: np.ndarray, size: int = 5, where=None) -> np.ndarray:
         cross = sliding_window_view(pad[h:h + size, w[0]:w[-1] + size], size, axis=1)                       # (size, lines, voxels of a line, size)
         lines = cross.transpose(1, 2, 0, 3).reshape(cross.shape[1], -1)
         windows = sliding_window_view(lines, total, axis=1)[w - w[0], d * size**2]
-        windows.partition(total // 2, axis=1)
+        windows.sort(axis=1)
         out[h, w, d] = windows[:, total // 2]
     return out
 

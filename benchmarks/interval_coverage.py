@@ -1,4 +1,4 @@
-"""How often 95 % intervals of a mean Dice hold it, and how often tests find a difference where there is none, by number of patients: python benchmarks/coverage.py. Writes benchmarks/coverage.md.
+"""How often 95 % intervals of a mean Dice hold it, and how often tests find a difference where there is none, by number of patients: python benchmarks/interval_coverage.py. Writes benchmarks/coverage.md.
 
 Patients' Dice are drawn from skewed distributions between 0 and 1, 2,000 studies each. The expanded percentile interval is `bootstrap_interval` of all studies at once (that it is the same is asserted), percentile the same without expansion; BCa and t are scipy's."""
 import time, warnings
@@ -66,7 +66,7 @@ def main():
     over = [f"| all | {n} | " + " | ".join(f"{p(np.mean([r[k][0].mean() for _, m, r in rows if m == n]))} ({p(min(r[k][0].mean() for _, m, r in rows if m == n))})" for k in range(4)) + " | | | | |" for n in SIZES]
     tested = [f"| {n} | " + " | ".join(p(x) for x in xs) + " |" for n, *xs in tests()]
     v = provenance()
-    text = [f"Measured by `python benchmarks/coverage.py`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: Python {v['python']}, numpy {v['packages']['numpy']}, scipy {v['packages']['scipy']}; {time.perf_counter() - clock:.0f} s. "
+    text = [f"Measured by `python benchmarks/interval_coverage.py`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: Python {v['python']}, numpy {v['packages']['numpy']}, scipy {v['packages']['scipy']}; {time.perf_counter() - clock:.0f} s. "
             f"{STUDIES:,} simulated studies for each line ({RESAMPLES:,} resamples): the standard error of a coverage near 95 % is 0.5 %.", "",
             "How often a 95 % interval holds the mean Dice of the population, in %, and its mean width. percentile: the plain one; expanded: `metrics.bootstrap_interval`; BCa: `scipy.stats.bootstrap`; t: mean ± t · standard error. In the last lines: the mean over the populations, in brackets the lowest.", "",
             "| patients' Dice | n | " + " | ".join(f"{k}, % hold" for k in kinds) + " | " + " | ".join(f"{k}, width" for k in kinds) + " |", "|---|---|---|---|---|---|---|---|---|---|", *lines, *over, "",

@@ -1,0 +1,45 @@
+"The benchmarks run, compare results first, and refuse what is not there; their figures are nobody's test."
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+from conftest import one_line
+
+FOLDER = Path(__file__).resolve().parents[1]/"benchmarks"
+
+
+def run(name, *args, **env): return subprocess.run([sys.executable, FOLDER/name, *args], capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def test_rows_compare_results_before_they_are_timed():
+    kept = (FOLDER/"bench.md").read_text()
+    r = run("bench.py", "--rows", "median", "simplex", "--rounds", "1")
+    assert r.returncode == 0, r.stderr
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in r.stdout.splitlines()[2:]]
+    assert len(rows) == 3 and rows[0][-1] == "equal" and "on the same gradients" in rows[1][-1]
+    for _, _, ours, theirs, ratio, bar, met, _ in rows: assert float(ratio) == pytest.approx(float(theirs) / float(ours), rel=.1) and met == ("" if not bar else "yes" if float(theirs) / float(ours) >= float(bar) else "**no**")
+    assert (FOLDER/"bench.md").read_text() == kept                                         # some rows do not replace the table
+
+
+def test_a_row_whose_results_differ_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import bench
+    def same(a, b): assert a == b
+    with pytest.raises(AssertionError): bench.race(bench.Row("a", "b", lambda: 1, lambda: 2, same), 1)
+    with pytest.raises(AssertionError): bench.judge.agree(*(bench.np.full((2, 3), v) for v in (.5, .6)))
+
+
+def test_gpu_benchmark_runs_small_on_a_cpu():
+    r = run("gpu.py", "--smoke", CUDA_VISIBLE_DEVICES="")
+    assert r.returncode == 0, r.stderr
+    for w in ("copy bandwidth", "bf16 matrix product", "of the matrix rate", "MONAI's loop, mixed precision", "share of a step", "SSIM-ens"): assert w in r.stdout
+
+
+def test_gpu_benchmark_without_a_gpu(): one_line(run("gpu.py", CUDA_VISIBLE_DEVICES=""), "no GPU", "--smoke")
+
+
+def test_operations_of_the_paper_model(monkeypatch):
+    "149 GFLOP a slice forward, counted by hand in the design; backward is twice that."
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+    from uad_study.models import model_config
+    assert gpu.step_flop(model_config("ddpm"), 2) / 2 / 3 == pytest.approx(149e9, rel=.01)
