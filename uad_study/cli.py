@@ -71,9 +71,8 @@ def table(states, heading: str = ""):
 
 def counts(states) -> str:
     "How many runs are in which state, in words."
-    n = {}
-    for s in states: n[s.state] = n.get(s.state, 0) + 1
-    return ", ".join(f"{k} {v}" for v, k in sorted(n.items()))
+    from collections import Counter
+    return ", ".join(f"{n} {state}" for state, n in sorted(Counter(s.state for s in states).items()))
 
 
 # %% ../nbs/59_cli.ipynb #99eba417
@@ -123,7 +122,7 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool, retr
     s = read_study(study)
     if dry_run:
         planned = plan(s, data)
-        finished = {r.folder: r.label for r in planned if done(out, r)}
+        finished = {r.folder for r in planned if done(out, r)}
         labels, wide = {r.folder: r.label for r in planned}, max(len(r.label) for r in planned)
         for r in planned:
             after = [labels[n] for n in r.needs if n not in finished]
@@ -147,8 +146,6 @@ def _submit(study, data, out: Path, dry_run: bool, retry_failed: bool):
     if jobs and not dry_run: print(f"submitted; nothing needs to stay open\nlook:   uad status {out}\ncancel: scancel {' '.join(a.ids[0].split('_')[0] for a in jobs)}")
 
 def _nothing_queued(out: Path):
-    import shutil
-    if not (out/"jobs.json").exists() or not shutil.which("squeue"): return
     from uad_study.slurm import live
     if queued := live(out):
         ids = sorted({i.split("_")[0] for found in queued.values() for i in found}, key=int)
@@ -215,6 +212,7 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
     from dataclasses import replace
     from rich.console import Console
     from uad_study.engines import states
+    from uad_study.runs import at_work
     from uad_study.slurm import job_states
     console, found = Console(highlight=False, markup=False, soft_wrap=True), states(out, job_states(out))
     if watch and console.is_terminal:
@@ -222,7 +220,7 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(table(found, counts(found)), refresh=True)
-                if not any(s.state == "running" for s in found): return
+                if not at_work(out) and not any(s.state in ("running", "queued", "suspended") for s in found): return          # no driver, no run, no job
                 time.sleep(2); found = states(out, job_states(out))
     if console.is_terminal:
         long = [s for s in found if len(s.note) > 40]

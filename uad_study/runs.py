@@ -7,8 +7,8 @@ __all__ = ['SLURM_OWN', 'STUDY', 'STUDY_KEYS', 'PARTS', 'STAGES', 'RUN', 'RESULT
            'PLAN', 'SlurmConfig', 'EngineConfig', 'Entry', 'Study', 'packaged_studies', 'read_study', 'Run', 'slug',
            'plan', 'done', 'failed_subjects', 'stage_notebook', 'check_parameters', 'injected_parameters', 'provenance',
            'cores', 'pick_device', 'device_name', 'Ticker', 'parallel_map', 'write_run', 'note_attempt', 'attempts',
-           'execute_run', 'write_metrics', 'main', 'out_folder', 'at_work', 'needed', 'run_environment', 'start_run',
-           'read_progress', 'write_plan', 'planned_report', 'publish']
+           'execute_run', 'write_metrics', 'main', 'out_folder', 'at_work', 'needed', 'start_run', 'read_progress',
+           'write_plan', 'planned_report', 'publish']
 
 # %% ../nbs/41_runs.ipynb #50a81004
 import importlib.metadata, json, os, platform, re, shutil, signal, subprocess, sys, threading, time
@@ -648,17 +648,17 @@ def needed(out, folders) -> set[str]:
         new = {n for t in texts for n in re.findall(r'"\.\./([^/"]+)', t)} - found
     return found
 
-def run_environment(threads: int) -> dict:
-    "What the processes of a run have in their environment. Threads that wait spin by default: beside other work two of them are then slower than one (`python benchmarks/engines.py`)."
-    return {k: str(threads) for k in THREADS} | dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1")
+def start_run(out, run: Run, threads: int, gpus: str = "", container: tuple = ()) -> subprocess.Popen:
+    """Start one run as a child process; its output goes to log.txt in its folder. `gpus`: what CUDA_VISIBLE_DEVICES shall be there ('': as it is here).
 
-def start_run(out, run: Run, threads: int, gpus: str = "") -> subprocess.Popen:
-    "Start one run as a child process; its output goes to log.txt in its folder. `gpus`: what CUDA_VISIBLE_DEVICES shall be there ('': as it is here)."
+    `container`: a command that is put before it, with a `python` of its own; the run is not told its parent then, which may be the container's process."""
     folder = Path(out)/run.folder
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | run_environment(threads) | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | {k: str(threads) for k in THREADS}          # threads that spin while they wait make two slower than one beside other work (benchmarks/engines.py)
+    env |= dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1") | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with open(folder/"log.txt", "ab") as f:
         code = "import sys; from uad_study.runs import main; sys.exit(main())"
-        return subprocess.Popen([sys.executable, "-c", code, str(folder), str(os.getpid())], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+        command = [*container, "python", "-c", code, str(folder)] if container else [sys.executable, "-c", code, str(folder), str(os.getpid())]
+        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
 
 def read_progress(out, folder: str) -> dict:
     "The latest progress of the run in `out`/`folder`, or {} before its first."
