@@ -138,6 +138,7 @@ def _run(study, data, out: Path, dry_run: bool, engine: str, verbose: bool, retr
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
     if lost: raise UadError(f"{len(lost)} subject{'s' * (len(lost) > 1)} failed (listed above) and the report is without: mend the files, or take them out of manifest.csv, and run again")
 
+# %% ../nbs/59_cli.ipynb #a736fc58
 def _submit(study, data, out: Path, dry_run: bool, retry_failed: bool):
     from uad_study.slurm import describe, submit
     jobs = submit(study, out, data, retry_failed, dry_run)

@@ -159,6 +159,7 @@ class Pool:
 
     def _finish(self, r: Run): self.finished.add(r.folder); self.restored.add(_restores(r))
 
+# %% ../nbs/55_engines.ipynb #91fad61f
 def _restores(run: Run):
     "Which restorations an evaluation needs; None for other runs."
     return digest(run.parameters["train_dir"], run.parameters["restore_config"]) if run.stage == "evaluate" else None

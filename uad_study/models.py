@@ -120,6 +120,7 @@ class AE(nn.Module):
         "The slices as the bottleneck can tell them, same shape; draws nothing from the generator."
         return self.decode(self.encode(x)[:, :self.config.latent], x.shape)
 
+# %% ../nbs/32_models.ipynb #76d2632a
 class VAE(AE):
     "Variational autoencoder on the network of `AE`: the encoder gives mean and log variance."
     Config, codes = VAEConfig, 2

@@ -113,6 +113,7 @@ WARP = ((2.1, 60.0), (0.9, 25.0), (0.4, 10.0))
 COMMON = 0.8
 "How much of the folding all subjects share (0: none, 1: all of it): the great sulci lie where they lie in everybody."
 
+# %% ../nbs/11_phantom.ipynb #0fb6f20a
 @functools.cache
 def common_folds() -> np.ndarray:
     "The folding that all subjects share, (H, W, D)."
@@ -180,6 +181,7 @@ def signal(anatomy: Anatomy, scanner: Scanner, contrast: str) -> np.ndarray:
     x = np.tensordot(scanner.means, anatomy.tissues, 1) + scanner.texture * (.45 + .7 * anatomy.tissues[1] + .5 * anatomy.tissues[0])
     return x * (1 - .85 * anatomy.rim) if contrast == "T2w" else x
 
+# %% ../nbs/11_phantom.ipynb #a1f46669
 def acquire(x, scanner: Scanner, brain_mask, limits=None) -> tuple[np.ndarray, tuple]:
     "Blur, bias and Rician noise on the signal `x`, scaled by percentiles 1 and 99 inside the mask (or by `limits`): image in [0, 1], 0 outside; and the limits."
     from scipy.ndimage import gaussian_filter
@@ -274,6 +276,7 @@ def _tumour(rng, a: Anatomy, scanner, plain):
     target = scanner.means[2] + strength * (.10 + .15 * core) + .05 * hetero * (.4 + core)
     return fraction * (1 - .85 * a.tissues[0]), target, _push(p, size * .8, rng.uniform(1, 4))
 
+# %% ../nbs/11_phantom.ipynb #35a260d0
 def _ms(rng, a: Anatomy, scanner, plain):
     total, n = lognormal(rng, 14, .9, 2, 45), int(np.exp(rng.uniform(np.log(20), np.log(250))))
     sizes = np.exp(1.6 * rng.standard_normal(n)); sizes = np.clip(sizes * total / sizes.sum(), .008, 6)
@@ -301,6 +304,7 @@ def _stroke(rng, a: Anatomy, scanner, plain):
     target = scanner.means[1] - strength * (.06 + (scanner.means[1] - scanner.means[0] - .06) * cavity) + .03 * smooth_field(rng, (1.0, 8.0))
     return fraction * (1 - .9 * a.tissues[0]), target, _push(p, size, -rng.uniform(.1, .3) * size) if ml > 8 else None
 
+# %% ../nbs/11_phantom.ipynb #93b0acf2
 def _wmh(rng, a: Anatomy, scanner, plain):
     ml = lognormal(rng, 10, 1.1, .5, 70)
     white = a.tissues[2] * a.brain_mask

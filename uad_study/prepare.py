@@ -260,6 +260,7 @@ def _atlas_mask(head: Volume, contrast: str, seed: int) -> np.ndarray:
     to_atlas = register(upper, target, seed, "Affine", register(upper, target, seed, "Rigid", mask=near), near)
     return _resample(mask, affine, np.linalg.inv(to_atlas), head.affine, head.data.shape, 1) >= .5
 
+# %% ../nbs/12_prepare.ipynb #8e0fb878
 def brain_method(without: str = "") -> str:
     "What 'auto' means on this machine: 'hd-bet' where its program is on the PATH, else 'deepbet' where it can be imported, else 'atlas'."
     there = {"hd-bet": shutil.which("hd-bet"), "deepbet": importlib.util.find_spec("deepbet"), "atlas": True}

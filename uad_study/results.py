@@ -85,11 +85,42 @@ def chosen_sigma(cases: pd.DataFrame, pooled: pd.DataFrame, table: pd.DataFrame)
         more_cases.append(cases[(cases[keys] == key).all(axis=1) & (cases.pathology == pathology) & (cases.score == best)].assign(score="ssim_val"))
     return pd.concat([cases[:0], *more_cases]), pd.concat([table[:0], *more_rows])
 
+# %% ../nbs/42_results.ipynb #81c45acb
+class _OnDisk:
+    "What of a study's volumes is kept on the disk."
+    def restoration(self, model: str, row: int, fold: int = 0) -> np.ndarray | None:
+        "The restoration (H, W, D) of a row of the cohort by a model's best weights, as it is kept on the disk; None where it is not."
+        i = self.index(model, row, fold)
+        if i is None: return None
+        folder, step = self.kept(i)
+        e = self.evaluations[i]
+        kept = kept_restorations(folder, [row], step, e["parameters"].get("restore_config"), e["results"].get("checkpoint_sha256"))
+        return kept and kept[int(row)]
+
+    def index(self, model: str, row: int, fold: int = 0) -> int | None:
+        "Which evaluation is of this model and fold, and of the contrast of this row of the cohort."
+        wanted = (model, fold, self.cohort.table.contrast.iloc[row])
+        return next((i for i, (m, e) in enumerate(zip(self.labels, self.evaluations)) if (m, e["parameters"]["fold"], e["parameters"]["contrast"]) == wanted), None)
+
+    def kept(self, i: int) -> tuple[Path, int]:
+        "Where the restorations of the i-th evaluation are, and the training step that made them: in the training's folder, or (step 0: given by a user) in that of the evaluation which first judged them."
+        if self.train_dirs[i] is None: return self.evaluate_dirs[i]/(self.places[i]["train_dir"] or "."), 0
+        return self.train_dirs[i], self.trainings[i]["results"]["best_step"]
+
+    def maps(self, model: str, row: int, names, fold: int = 0) -> dict | None:
+        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk."
+        if self.cohort is None or (i := self.index(model, row, fold)) is None: return None
+        if theirs := self.places[i].get("maps"):
+            if any(str(int(row)) not in theirs.get(n, {}) or not (self.evaluate_dirs[i]/theirs[n][str(int(row))]).is_file() for n in names): return None
+            return {n: load_map(self.evaluate_dirs[i]/theirs[n][str(int(row))]) for n in names}
+        if (x_hat := self.restoration(model, row, fold)) is None: return None
+        return maps_of_reconstruction(self.cohort, row, x_hat, names, self.score_config(model))
+
 # %% ../nbs/42_results.ipynb #c51f575d
 CASE_TABLES = ("cases", "pooled", "curves", "calibration", "lesions", "post", "restorations", "steps")
 "The tables that an evaluation writes as csv: see `judge.judge` and `evaluate.evaluate_restorations`."
 
-class Results:
+class Results(_OnDisk):
     """What the evaluations in `evaluate_dirs` found. Each table of `CASE_TABLES` is an attribute, and so is `table` (the rows of table.csv).
 
     `evaluations`: their result.json; beside each, None where it is not there: `trainings` (result.json), `train_dirs`, `losses` (records of metrics.jsonl). `labels`: what the tables call each;
@@ -121,34 +152,6 @@ class Results:
         t = self.table
         for k, v in where.items(): t = t[t[k] == v]
         return t
-
-    def restoration(self, model: str, row: int, fold: int = 0) -> np.ndarray | None:
-        "The restoration (H, W, D) of a row of the cohort by a model's best weights, as it is kept on the disk; None where it is not."
-        i = self.index(model, row, fold)
-        if i is None: return None
-        folder, step = self.kept(i)
-        e = self.evaluations[i]
-        kept = kept_restorations(folder, [row], step, e["parameters"].get("restore_config"), e["results"].get("checkpoint_sha256"))
-        return kept and kept[int(row)]
-
-    def index(self, model: str, row: int, fold: int = 0) -> int | None:
-        "Which evaluation is of this model and fold, and of the contrast of this row of the cohort."
-        wanted = (model, fold, self.cohort.table.contrast.iloc[row])
-        return next((i for i, (m, e) in enumerate(zip(self.labels, self.evaluations)) if (m, e["parameters"]["fold"], e["parameters"]["contrast"]) == wanted), None)
-
-    def kept(self, i: int) -> tuple[Path, int]:
-        "Where the restorations of the i-th evaluation are, and the training step that made them: in the training's folder, or (step 0: given by a user) in that of the evaluation which first judged them."
-        if self.train_dirs[i] is None: return self.evaluate_dirs[i]/(self.places[i]["train_dir"] or "."), 0
-        return self.train_dirs[i], self.trainings[i]["results"]["best_step"]
-
-    def maps(self, model: str, row: int, names, fold: int = 0) -> dict | None:
-        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk."
-        if self.cohort is None or (i := self.index(model, row, fold)) is None: return None
-        if theirs := self.places[i].get("maps"):
-            if any(str(int(row)) not in theirs.get(n, {}) or not (self.evaluate_dirs[i]/theirs[n][str(int(row))]).is_file() for n in names): return None
-            return {n: load_map(self.evaluate_dirs[i]/theirs[n][str(int(row))]) for n in names}
-        if (x_hat := self.restoration(model, row, fold)) is None: return None
-        return maps_of_reconstruction(self.cohort, row, x_hat, names, self.score_config(model))
 
     def score_config(self, model: str) -> ScoreConfig:
         "How the maps of a model are scored and post-processed."

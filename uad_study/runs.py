@@ -128,6 +128,7 @@ def read_study(study) -> Study:
     entries = _variants(raw, where, *_models(raw, where))
     return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(checked["data"]), _plain(checked["prepare"]), entries, _plain(checked["report"]), checked["engine"])
 
+# %% ../nbs/41_runs.ipynb #1d9a0ac1
 def _plain(config) -> dict: return json.loads(json.dumps(asdict(config)))
 
 def _list(raw: dict, key: str, default: list, where: str) -> list:
@@ -648,6 +649,7 @@ def needed(out, folders) -> set[str]:
         new = {n for t in texts for n in re.findall(r'"\.\./([^/"]+)', t)} - found
     return found
 
+# %% ../nbs/41_runs.ipynb #e02ca7dc
 def start_run(out, run: Run, threads: int, gpus: str = "", container: tuple = ()) -> subprocess.Popen:
     """Start one run as a child process; its output goes to log.txt in its folder. `gpus`: what CUDA_VISIBLE_DEVICES shall be there ('': as it is here).
 

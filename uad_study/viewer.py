@@ -79,6 +79,7 @@ class Restored:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
         return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), "l1", "l2", "ssim", "ssim_uniform", "ssim_ens"]
 
+# %% ../nbs/50_viewer.ipynb #45a699d4
 def _thresholds(results: Results, name: str, contrast: str, fold: int) -> dict:
     "{(score, pathology): {rule: threshold}} of a model; a healthy volume has the rules 'val:PATHOLOGY' and 'healthy'."
     mine = lambda t: t[(t.model == name) & (t.contrast == contrast) & (t.fold == fold)] if len(t) else t
@@ -564,6 +565,25 @@ class _Drawing(_Moves):
         rule = rule_label(v.rule(next(iter(v.curve(s).values()), s)), v.models[s.model].healthy_ml)
         self._send("xaxis6.title.text", f"sigma, voxels (threshold: {rule})")
 
+# %% ../nbs/50_viewer.ipynb #50ee17df
+def _plain(text: str) -> str:
+    from html import escape
+    return escape(text)
+
+def _words(v: View, s: ViewState, n: dict, notes) -> str:
+    "The numbers of a state as HTML, with the key of the colours."
+    m, rule = v.models[s.model], v.rule(s)
+    key = "".join(f"<span><i style='color:rgb{c};font-style:normal'>&#9632;</i> {name}</span>" for name, c in (("found", FOUND), ("false alarm", FALSE), ("missed", MISSED)))
+    head = f"Dice {n['dice'] * 100:.1f} %" if np.isfinite(n["dice"]) else "no lesion"
+    lesion = f"<span>{n['lesions_found']} of {n['lesions']} lesion{'s' * (n['lesions'] > 1)} found</span><span>lesion {n['lesion_ml']:.1f} mL</span>" if n["lesions"] else ""
+    t = f"threshold {n['threshold']:.3f}, {rule_label(rule, m.healthy_ml)}" if np.isfinite(n["threshold"]) else "the study has no threshold for this: move the slider below it"
+    judged = [j for j in (sigma_of(k) for k in v._judged(s)) if j]
+    if s.score == "ssim" and rule != "free" and not any(abs(j - s.sigma) < 1e-9 for j in judged): t += f" (of sigma {' and '.join(f'{j:g}' for j in judged)})"
+    if s.rule not in (rule, "free"): t += f" (there is none: {rule_label(s.rule, m.healthy_ml)})"
+    if not s.post and rule != "free": t += "; found with post-processing"
+    missing = "".join(f"<br><small>Not all is here: {_plain(x)}</small>" for x in notes[:3])
+    return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL</span><span>{n['lesions_false']} separate false alarm{'s' * (n['lesions_false'] != 1)}</span></div><div>{key}<small>{t}</small></div>{missing}"
+
 # %% ../nbs/50_viewer.ipynb #972d6926
 class Inspector(_Drawing):
     "Widgets over a `View`. Show it as a cell's value; `state` is what is looked at, `show(state)` moves there. `notes`: what is missing, in sentences."
@@ -594,7 +614,7 @@ class Inspector(_Drawing):
             self._send("annotations[1].text", PANELS[1] if "reconstruction" in panels else "gives maps, no reconstruction")
             self._send("annotations[2].text", f"anomaly map, 0 to {v.top(s):.2g}")
             self._histogram(); self._curve()
-        self._read(); self.text.value = self._words(v.numbers(s))
+        self._read(); self.text.value = _words(v, s, v.numbers(s), self.notes)
         self._later()
 
     def _later(self):
@@ -612,25 +632,7 @@ class Inspector(_Drawing):
             for q in lacking: self.view.numbers(q)
             draw()
 
-    def _words(self, n: dict) -> str:
-        s, v = self.state, self.view
-        m, rule = v.models[s.model], v.rule(s)
-        key = "".join(f"<span><i style='color:rgb{c};font-style:normal'>&#9632;</i> {name}</span>" for name, c in (("found", FOUND), ("false alarm", FALSE), ("missed", MISSED)))
-        head = f"Dice {n['dice'] * 100:.1f} %" if np.isfinite(n["dice"]) else "no lesion"
-        lesion = f"<span>{n['lesions_found']} of {n['lesions']} lesion{'s' * (n['lesions'] > 1)} found</span><span>lesion {n['lesion_ml']:.1f} mL</span>" if n["lesions"] else ""
-        t = f"threshold {n['threshold']:.3f}, {rule_label(rule, m.healthy_ml)}" if np.isfinite(n["threshold"]) else "the study has no threshold for this: move the slider below it"
-        judged = [j for j in (sigma_of(k) for k in v._judged(s)) if j]
-        if s.score == "ssim" and rule != "free" and not any(abs(j - s.sigma) < 1e-9 for j in judged): t += f" (of sigma {' and '.join(f'{j:g}' for j in judged)})"
-        if s.rule not in (rule, "free"): t += f" (there is none: {rule_label(s.rule, m.healthy_ml)})"
-        if not s.post and rule != "free": t += "; found with post-processing"
-        notes = "".join(f"<br><small>Not all is here: {_plain(x)}</small>" for x in self.notes[:3])
-        return f"<div><b>{head}</b>{lesion}<span>marked {n['found_ml']:.1f} mL</span><span>of it false {n['false_ml']:.1f} mL</span><span>{n['lesions_false']} separate false alarm{'s' * (n['lesions_false'] != 1)}</span></div><div>{key}<small>{t}</small></div>{notes}"
-
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
-
-def _plain(text: str) -> str:
-    from html import escape
-    return escape(text)
 
 # %% ../nbs/50_viewer.ipynb #2b7e4cb8
 def find_results(*places) -> Path:

@@ -48,6 +48,7 @@ def _positions(image, path) -> np.ndarray:
         if not off <= 1: raise UadError(f"{path}: sform and qform disagree by {off:.3g} mm: find out which one is right and copy it over the other (nibabel: set_qform, set_sform)")
     return affine
 
+# %% ../nbs/10_volume.ipynb #3eb6d5a7
 def _open(path) -> Volume:
     "Read a NIfTI file as float32 in RAS order; `UadError` for a file that is missing, unreadable, not 3-D, without size, not finite or without a usable affine."
     import nibabel
