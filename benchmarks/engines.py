@@ -36,7 +36,6 @@ def skipping(d: Path) -> list:
     for r in planned: write_json(d/"many"/r.folder/"result.json", dict(key=r.key, results={}, provenance=dict(seconds=1)), runs.RESULT)
     def again(): engines.run_study(runs.read_study(d/"many.yaml"), d/"many")
     with mock.patch.object(engines, "publish"): inside = min(clock(again) for _ in range(3))
-    (d/"report").mkdir()
     command = [sys.executable, "-c", "from uad_study import engines; engines.publish = lambda *a: None; from uad_study.cli import main; main()", "run", str(d/"many.yaml"), "--out", str(d/"many")]
     def from_shell(): assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("done already") == len(planned)
     return [(f"{len(planned)} finished runs planned and skipped, in a process", inside), ("the same as a command, with its imports", min(clock(from_shell) for _ in range(3)))]

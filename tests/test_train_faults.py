@@ -132,9 +132,12 @@ def test_kill_at_each_moment_of_writing(attempts, cohort, whole, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
 def test_fault_signal_stops_and_the_training_resumes(attempts, cohort, whole, tmp_path, sign):
     folder, seconds = whole["ddpm"]
-    p = attempts.start(cohort, "ddpm", tmp_path)
-    while not (tmp_path/"last.pt").exists(): time.sleep(.01)
-    os.kill(p.pid, sign); p.join()
+    for _ in range(5):                                                     # a busy machine may notice the checkpoint only when the training is over
+        shutil.rmtree(tmp_path)
+        p = attempts.start(cohort, "ddpm", tmp_path)
+        while not (tmp_path/"last.pt").exists(): time.sleep(.01)
+        os.kill(p.pid, sign); p.join()
+        if p.exitcode: break
     assert p.exitcode == 3
     parts = json.loads((tmp_path/"parts.json").read_text())["parts"]
     assert parts[-1]["how"] == "stopped" and parts[-1]["end"] == read_checkpoint(tmp_path/"last.pt")["step"] > 0
