@@ -655,7 +655,7 @@ def start_run(out, run: Run, threads: int, gpus: str = "", container: tuple = ()
 
     `container`: a command that is put before it, with a `python` of its own; the run is not told its parent then, which may be the container's process."""
     folder = Path(out)/run.folder
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | {k: str(threads) for k in THREADS}          # threads that spin while they wait make two slower than one beside other work (benchmarks/engines.py)
+    env = {"GOMP_SPINCOUNT": "1000"} | os.environ | {k: str(threads) for k in THREADS}              # waiting threads spin shortly: as fast alone, and less slow beside other work (benchmarks/engines.py)
     env |= dict(UAD_RUN="1", UAD_THREADS=str(threads), PYDEVD_DISABLE_FILE_VALIDATION="1") | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
     with open(folder/"log.txt", "ab") as f:
         code = "import sys; from uad_study.runs import main; sys.exit(main())"
