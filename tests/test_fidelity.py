@@ -66,7 +66,7 @@ def test_stacks_give_each_volume_its_own_range():
         out = f(X, Y)
         assert out.shape == X.shape
         for i in np.ndindex(2, 2): np.testing.assert_array_equal(out[i], f(X[i], Y[i]))
-    np.testing.assert_allclose(ssim_map(X, Y, .9)[0, 0], ssim_map(X, Y, .9)[0, 1], atol=1e-6)
+    np.testing.assert_allclose(ssim_map(X, Y, .9)[0, 0], ssim_map(X, Y, .9)[0, 1], atol=1e-5)
 
 def test_score_maps_share_but_do_not_change():
     x, y = pair(dtype=np.float32)
@@ -183,7 +183,7 @@ def test_simplex_layers_have_the_statistics_of_opensimplex():
     theirs = package_fields(24, size, cells)
     g = torch.Generator().manual_seed(0)
     for k, cell in enumerate(cells):
-        a, b = theirs[:, k], simplex_noise(400, size, octaves=1, frequency=cell, generator=g)[:, 0].numpy()
+        a, b = theirs[:, k], torch.cat([simplex_noise(8, size, octaves=1, frequency=cell, generator=g) for _ in range(50)])[:, 0].numpy()
         assert b.std() == pytest.approx(a.std(), rel=.06) and abs(b.mean()) < .02
         assert np.abs(b).max() == pytest.approx(.866, abs=.003)                               # reached by the package as well
         np.testing.assert_allclose(np.quantile(b, (.05, .25, .5, .75, .95)), np.quantile(a, (.05, .25, .5, .75, .95)), atol=.06)
@@ -199,14 +199,14 @@ def test_simplex_layers_have_the_statistics_of_opensimplex():
 def test_simplex_layer_equals_opensimplex_on_the_same_lattice():
     import opensimplex
     from opensimplex.internals import _init
-    from uad_study.noise import _K, _simplex2
+    from uad_study.noise import _K, _reach, _weighted
     for seed in (1, 2):
         opensimplex.seed(seed)
         perm, p, low = _init(seed)[0], np.arange(45) / 5.3, -4
         at = np.arange(low, 14)
-        pick = torch.tensor((perm[(perm[at[:, None] & 255] + at) & 255] & 14) // 2)[None]
-        x, y = torch.tensor(p).float()[None, :, None], torch.tensor(p).float()[None, None]
-        ours = _simplex2((1 - _K) * x - _K * y - low, (1 - _K) * y - _K * x - low, pick)[0]
+        pick = torch.tensor((perm[(perm[at[:, None] & 255] + at) & 255] & 14) // 2).view(-1, 1)
+        x, y = torch.tensor(p).float()[:, None], torch.tensor(p).float()
+        ours = _weighted(*_reach((1 - _K) * x - _K * y - low, (1 - _K) * y - _K * x - low, len(at)), pick)[0]
         np.testing.assert_allclose(ours, opensimplex.noise2array(p, p).T, atol=5e-6)
 
 def test_simplex_octaves_halve_the_cell():
@@ -222,7 +222,7 @@ def test_simplex_octaves_add_up_as_the_released_code_s():
     "Amplitude persistence^o and frequency / 2^o, not normalised: the std within and over fields is that of the same sum with the package's layers."
     cells = [32 / 2**o for o in range(5)]
     theirs = (package_fields(20, 24, cells) * .8 ** np.arange(5)[:, None, None]).sum(1)
-    ours = simplex_noise(400, 24, octaves=5, frequency=32, generator=torch.Generator().manual_seed(1))[:, 0].numpy()
+    ours = torch.cat([simplex_noise(8, 24, octaves=5, frequency=32, generator=torch.Generator().manual_seed(s)) for s in range(50)])[:, 0].numpy()
     assert ours.std() == pytest.approx(.37 * (.64 ** np.arange(5)).sum()**.5, rel=.05)        # independent layers, each with std 0.37
     assert theirs.std() == pytest.approx(ours.std(), rel=.15)
     assert theirs.std((1, 2)).mean() == pytest.approx(ours.std((1, 2)).mean(), rel=.1)
@@ -234,7 +234,8 @@ def test_simplex_fields_are_independent_and_seeded():
     assert torch.equal(x, draw(0)) and not torch.equal(x, draw(1))
     assert len({float(v) for v in x[:, 0, 0, 0]}) == 6 and (x[:, 0, 0, 0] != 0).all()
     assert (draw(0, anchored=True)[:, 0, 0, 0] == 0).all()
-    many = simplex_noise(2000, 8, generator=torch.Generator().manual_seed(3))[:, 0, 0, 0]
+    g = torch.Generator().manual_seed(3)
+    many = torch.cat([simplex_noise(4, 8, generator=g) for _ in range(500)])[:, 0, 0, 0]
     assert abs(float((many[::2] * many[1::2]).mean() / many.var())) < .12 and float(many.std()) == pytest.approx(.59, abs=.04)
 
 @pytest.mark.gpu

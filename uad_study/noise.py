@@ -13,30 +13,26 @@ from .core import UadError
 _A, _K = (3**.5 - 1) / 2, (1 - 3**-.5) / 2                    # from lattice to plane, and from plane to lattice
 _SLOPES = torch.tensor([[5, 2], [2, 5], [-5, 2], [-2, 5], [5, -2], [2, -5], [-5, -2], [-2, -5]], dtype=torch.float32) @ (torch.tensor([[1 + _A, _A], [_A, 1 + _A]], dtype=torch.float32) * (16 / 47))
 
-def _simplex2(u, v, pick):
-    "OpenSimplex at lattice coordinates `u`, `v` (n, H, W), at least 1, with the gradient numbers `pick` (n, U, V) of the vertices 0 ... U-1, 0 ... V-1."
-    g = _SLOPES.to(u.device).index_select(0, pick.flatten())
-    gu, gv = g[:, 0].contiguous(), g[:, 1].contiguous()
-    n, U, V = pick.shape
+def _reach(u, v, columns: int):
+    "OpenSimplex at lattice coordinates `u`, `v` (H, W), at least 1: the four vertices that reach each point (numbers, row by row of `columns`), and the factors of their gradients along u and v, (H, W, 4) each."
     iu, iv = u.floor(), v.floor()
     u, v = u - iu, v - iv
-    upper = (u + v).floor_()                                          # 1 in the upper triangle of the rhombus, else 0
-    start = (iu.add_(upper).mul_(V)).add_(iv).add_(upper).int() + torch.arange(n, device=u.device, dtype=torch.int32).view(-1, 1, 1) * (U * V)
-    s = 1 - 2 * upper
-    u, v = upper.addcmul(u, s), upper.addcmul(v, s)                   # now u, v >= 0 and u + v <= 1
+    upper = (u + v).floor()                                           # 1 in the upper triangle of the rhombus, else 0
+    start, s = (iu + upper) * columns + iv + upper, 1 - 2 * upper
+    u, v = upper + s * u, upper + s * v                               # now u, v >= 0 and u + v <= 1
     side, w = u - v, u + v
-    q = (1 - u * u).addcmul_(v, w, value=-1)                          # half the attenuation of vertex (0, 0)
+    q = 1 - u * u - v * w                                             # half the attenuation of vertex (0, 0)
     beside, across = side.abs() - 1, 3 * (w - 1)                      # fourth vertex: (1, -1), (-1, 1) or (1, 1), the nearest
     is_across = (beside < across).float()
-    i4 = side.sign_().mul_(1 - is_across)
-    i4, j4 = i4 + is_across, is_across - i4
-    out = torch.zeros_like(u)
-    for i, j, a in ((0, 0, q), (1, 0, (q + w).add_(u).sub_(1)), (0, 1, (q + w).add_(v).sub_(1)), (i4, j4, torch.maximum(beside, across).add_(q).clamp_(min=0))):
-        at = start.add((s * (i * V + j)).int()).flatten()
-        slope = gu.index_select(0, at).view_as(u).mul_(u - i).addcmul_(gv.index_select(0, at).view_as(u), v - j)
-        a = a * a
-        out.addcmul_(a.mul_(a), slope)
-    return out.mul_(s)
+    i4 = is_across + side.sign() * (1 - is_across)
+    vertices = (0, 0, q), (1, 0, q + w + u - 1), (0, 1, q + w + v - 1), (i4, 2 * is_across - i4, (torch.maximum(beside, across) + q).clamp(min=0))
+    at, along_u, along_v = zip(*((start + s * (i * columns + j), s * a**4 * (u - i), s * a**4 * (v - j)) for i, j, a in vertices))
+    return torch.stack(at, -1).int(), torch.stack(along_u, -1), torch.stack(along_v, -1)
+
+def _weighted(at, along_u, along_v, pick):
+    "The fields (n, H, W) of what `_reach` found, (H, W, ...), for the gradient numbers `pick` (vertices, n) of `n` fields."
+    def total(factors, slopes): return torch.nn.functional.embedding_bag(at.flatten(0, 1).flatten(1), slopes[pick], per_sample_weights=factors.flatten(0, 1).flatten(1), mode="sum")
+    return sum(total(f, s) for f, s in zip((along_u, along_v), _SLOPES.to(pick.device).T)).T.reshape(-1, *at.shape[:2])
 
 # %% ../nbs/30_noise.ipynb #ffa2cc08
 def _size(size): return tuple(size) if hasattr(size, "__len__") else (size, size)
@@ -56,31 +52,38 @@ def check_octaves(size, octaves: int, frequency: float):
 
 def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, frequency: float = 64, generator: torch.Generator | None = None, device=None, *,
                   anchored: bool = False) -> torch.Tensor:
-    """`n` independent fields of OpenSimplex-2D octaves, (n, 1, H, W) float32, mean 0 and std 0.59 (defaults; not normalised: see `simplex_std`).
+    """`n` fields of OpenSimplex-2D octaves, (n, 1, H, W) float32, mean 0 and std 0.59 (defaults; not normalised: see `simplex_std`), with gradients of their own on one lattice.
 
     `size`: H = W, or (H, W), in pixels. `frequency`: pixels per cell of the first octave, halved each octave; `persistence`: ratio of their amplitudes. Drawn on the
-    generator's device, returned on `device` (default: the generator's). `anchored`: one lattice for all octaves of a field, its origin at pixel (0, 0), where each is
-    exactly 0, as in the released code of Behrendt et al. 2024. Noise: Spencer 2014 (OpenSimplex); octaves: Wyatt et al. 2022. Raises `UadError` on impossible settings."""
+    generator's device, returned on `device` (default: the generator's). Each call shifts the lattice of each octave at random; `anchored`: one lattice for all octaves,
+    its origin at pixel (0, 0), where each is exactly 0, as in the released code of Behrendt et al. 2024. Noise: Spencer 2014 (OpenSimplex); octaves: Wyatt et al. 2022.
+    Raises `UadError` on impossible settings."""
     (H, W), (generator, device) = _size(size), _devices(generator, device)
     if n < 0 or H < 1 or W < 1: raise UadError(f"noise size: cannot make {n} fields of {H} x {W} pixels: give positive numbers")
     check_octaves((H, W), octaves, frequency)
     new = dict(generator=generator, device=generator.device)
-    total, table = torch.zeros(n, H, W, device=device, dtype=torch.float32), None
+    layers, picks, table, vertices = [], [], None, 0
     for o in reversed(range(octaves)) if anchored else range(octaves):
         cell = frequency / 2**o
         x = torch.arange(H, device=device, dtype=torch.float32)[:, None] / cell
         y = torch.arange(W, device=device, dtype=torch.float32) / cell
         uv, ends = ((1 - _K) * x - _K * y, (1 - _K) * y - _K * x), ((-_K * (W - 1), (1 - _K) * (H - 1)), (-_K * (H - 1), (1 - _K) * (W - 1)))
         low = [math.floor(a / cell) - 2 for a, _ in ends]                            # lattice vertices that can reach the image, with room for the offset
-        shape = [math.ceil(b / cell) - l + 5 for (_, b), l in zip(ends, low)]
+        rows, columns = [math.ceil(b / cell) - l + 5 for (_, b), l in zip(ends, low)]
         if anchored:                                                                 # the finest octave's lattice holds the others'
-            if table is None: table, origin = torch.randint(8, (n, *shape), **new).to(device), low
+            if table is None: table, origin = torch.randint(8, (rows, columns, n), **new).to(device), low
             (i, j), offset = (l - k for l, k in zip(low, origin)), (0, 0)
-            pick = table[:, i:i + shape[0], j:j + shape[1]].contiguous()
+            pick = table[i:i + rows, j:j + columns]
         else:
-            pick, offset = torch.randint(8, (n, *shape), **new).to(device), torch.rand(2, n, 1, 1, **new, dtype=torch.float32).to(device)
-        total.add_(_simplex2(*((a + d - l).expand(n, -1, -1) for a, d, l in zip(uv, offset, low)), pick), alpha=persistence**o)
-    return total[:, None]
+            pick, offset = torch.randint(8, (rows, columns, n), **new).to(device), torch.rand(2, **new, dtype=torch.float32).to(device)
+        at, *factors = _reach(*(a + d - l for a, d, l in zip(uv, offset, low)), columns)
+        layers.append((at + vertices, *(f * persistence**o for f in factors)))
+        picks.append(pick.flatten(0, 1)); vertices += rows * columns
+    fields = _weighted(*(torch.stack(l, 2) for l in zip(*layers)), torch.cat(picks))
+    if not anchored:                                                                 # symmetries of the lattice: where it is weak differs from field to field
+        fields[1::2] = fields[1::2].flip(1, 2)
+        if H == W: fields[2::4], fields[3::4] = fields[2::4].mT.clone(), fields[3::4].mT.clone()
+    return fields[:, None]
 
 # %% ../nbs/30_noise.ipynb #c8ccdf33
 _LAYER_STD = (29 / (2 * 47**2 * 3**.5) * 1024 * math.pi / 90)**.5              # 0.3681

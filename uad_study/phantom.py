@@ -18,7 +18,7 @@ from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML
 # %% ../nbs/11_phantom.ipynb #6b3e51b9
 PATHOLOGIES = {"tumour": "T2w", "ms": "T2w", "stroke": "T1w", "wmh": "T1w"}
 "The pathologies and the contrast on which each is judged (those of the paper's data sets)."
-PHANTOM_VERSION = 3
+PHANTOM_VERSION = 4
 "Raised when a change alters the virtual subjects: part of a run's key."
 
 def signed_distance(mask) -> np.ndarray:
@@ -62,26 +62,36 @@ def _frequency2():
     f = [np.fft.fftfreq(n, SPACING).astype(np.float32) for n in GRID_SHAPE]
     return f[0][:, None, None]**2 + f[1][None, :, None]**2 + f[2][None, None]**2
 
+def _spectrum(power):
+    "Of the Fourier coefficients with this `power` the strongest, which hold all but 1e-5 of it: flat indices and amplitudes. The others are not drawn."
+    flat = power.ravel()
+    order = np.argsort(-flat)
+    at = np.sort(order[:1 + np.searchsorted(np.cumsum(flat[order], dtype=np.float64), (1 - 1e-5) * flat.sum(dtype=np.float64))])
+    return at, np.sqrt(flat[at]).astype(np.float32)
+
 @functools.cache
 def _filter(parts: tuple):
-    amplitude = 0
+    "Spectrum of the sum of `parts` (standard deviation, FWHM in mm)."
+    total = 0
     for sd, fwhm in parts:
         power = np.exp(-(2 * np.pi * fwhm / 2.355)**2 * _frequency2())          # |Fourier transform of a Gaussian|^2
-        amplitude = amplitude + sd**2 * power / power.mean()
-    return np.sqrt(amplitude).astype(np.float32)
+        total = total + sd**2 * power / power.mean()
+    return _spectrum(total)
 
 @functools.cache
 def _band(wavelength: float, width: float):
+    "Spectrum of waves of about `wavelength` mm, `width` of that broad."
     power = np.exp(-(np.sqrt(_frequency2()) * wavelength - 1)**2 / (2 * width**2))
-    return np.sqrt(power / power.mean()).astype(np.float32)
+    return _spectrum(power / power.mean())
 
-def random_fields(rng, n: int, amplitude) -> list:
-    "`n` independent Gaussian fields (H, W, D), float32, mean 0, filtered by `amplitude` (of `_filter` or `_band`)."
+def random_fields(rng, n: int, spectrum) -> list:
+    "`n` independent Gaussian fields (H, W, D), float32, mean 0, with the `spectrum` of `_filter` or `_band`."
     import scipy.fft
-    out = []
+    (at, amplitude), out = spectrum, []
     for _ in range(-(-n // 2)):
-        white = np.empty(GRID_SHAPE, np.complex64); white.real, white.imag = rng.standard_normal((2, *GRID_SHAPE), np.float32)
-        f = scipy.fft.ifftn(white * amplitude, norm="ortho", overwrite_x=True)
+        f = np.zeros(GRID_SHAPE, np.complex64)
+        f.reshape(-1)[at] = amplitude * rng.standard_normal((len(at), 2), np.float32).view(np.complex64)[:, 0]
+        f = scipy.fft.ifftn(f, norm="ortho", overwrite_x=True)
         out += [f.real, f.imag]
     return out[:n]
 
@@ -135,7 +145,7 @@ def draw_anatomy(rng, age: float) -> Anatomy:
     csf = 1 - np.clip(grey + white, 0, 1)
     logits = [np.log(csf + .05) + cortex * 1.6 * csf_vote + .2, np.log(grey + .02) + .2 * vote, np.log(white + .02) + cortex * .8 * white_vote + .15 * blur + .3]
     sharp = 1.9
-    p = np.exp(sharp * (np.stack(logits) - np.max(logits, 0)))
+    p = np.exp(sharp * np.stack(logits))
     p /= p.sum(0)
     prior = np.stack([csf, grey, white])
     p = cortex * p + (1 - cortex) * prior                                        # deep inside, the template's own mixture
@@ -161,19 +171,19 @@ TEXTURE = {"T1w": 0.055, "T2w": 0.022}
 
 @dataclass
 class Scanner:
-    "What a subject's scan adds to the anatomy: tissue means, multiplicative bias field, texture, complex noise and blur (voxels)."
+    "What a subject's scan adds to the anatomy: tissue means, multiplicative bias field, texture, complex noise of the brain's voxels (2, n) and blur (voxels)."
     means: np.ndarray
     bias: np.ndarray
     texture: np.ndarray
     noise: np.ndarray
     blur: float
 
-def draw_scanner(rng, contrast: str) -> Scanner:
-    "A scanner for one contrast."
+def draw_scanner(rng, contrast: str, brain_mask) -> Scanner:
+    "A scanner for one contrast and the brain `brain_mask`."
     means = np.array(MEANS[contrast]) + np.array(BETWEEN[contrast]) * rng.standard_normal(3)
-    bias = np.exp(smooth_field(rng, (rng.uniform(.008, .035), 90.0)))
+    bias = np.exp(rng.uniform(.008, .035) * smooth_field(rng, (1.0, 90.0)))
     texture = TEXTURE[contrast] * smooth_field(rng, (.8, 7.0), (.6, 25.0))
-    noise = rng.uniform(.004, .012) * rng.standard_normal((2, *GRID_SHAPE), np.float32)
+    noise = rng.uniform(.004, .012) * rng.standard_normal((2, np.count_nonzero(brain_mask)), np.float32)
     return Scanner(means.astype(np.float32), bias, texture, noise, rng.uniform(.25, .4))
 
 def signal(anatomy: Anatomy, scanner: Scanner, contrast: str) -> np.ndarray:
@@ -185,10 +195,11 @@ def signal(anatomy: Anatomy, scanner: Scanner, contrast: str) -> np.ndarray:
 def acquire(x, scanner: Scanner, brain_mask, limits=None) -> tuple[np.ndarray, tuple]:
     "Blur, bias and Rician noise on the signal `x`, scaled by percentiles 1 and 99 inside the mask (or by `limits`): image in [0, 1], 0 outside; and the limits."
     from scipy.ndimage import gaussian_filter
-    y = gaussian_filter(x, scanner.blur, truncate=3) * scanner.bias
-    y = np.sqrt((y + scanner.noise[0])**2 + scanner.noise[1]**2)
-    low, high = limits or np.percentile(y[brain_mask], (1, 99))
-    return (np.clip((y - low) / (high - low), 0, 1) * brain_mask).astype(np.float32), (low, high)
+    y, image = (gaussian_filter(x, scanner.blur, truncate=3) * scanner.bias)[brain_mask], np.zeros(GRID_SHAPE, np.float32)
+    y = np.hypot(y + scanner.noise[0], scanner.noise[1])
+    low, high = limits or np.percentile(y, (1, 99))
+    image[brain_mask] = np.clip((y - low) / (high - low), 0, 1)
+    return image, (low, high)
 
 @dataclass
 class PhantomSubject:
@@ -215,7 +226,7 @@ def healthy(seed: int, contrasts=("T1w", "T2w"), age: float | None = None) -> Ph
     images = {}
     for c in contrasts:
         own = np.random.default_rng([seed, 1 + ("T1w", "T2w").index(choice(c, ("T1w", "T2w"), "contrast"))])    # not 0: that is the stream of `seed` alone. A contrast's scan does not depend on which others are made
-        scanner = draw_scanner(own, c)
+        scanner = draw_scanner(own, c, anatomy.brain_mask)
         images[c], _ = acquire(_aged(own, anatomy, c, signal(anatomy, scanner, c)), scanner, anatomy.brain_mask)
     return PhantomSubject(f"virtual-{seed}", anatomy.age, images, anatomy.brain_mask, anatomy.tissues, None, {})
 
@@ -326,7 +337,7 @@ def diseased(seed: int, pathology: str, age: float | None = None) -> PhantomSubj
     drawn = rng.uniform(45, 86) if pathology in ("stroke", "wmh") else rng.uniform(20, 80)
     a = draw_anatomy(rng, age or drawn)
     own = np.random.default_rng([seed, 1 + ("T1w", "T2w").index(contrast)])
-    scanner = draw_scanner(own, contrast)
+    scanner = draw_scanner(own, contrast, a.brain_mask)
     plain = _aged(own, a, contrast, signal(a, scanner, contrast))
     fraction, target, displacement = _LESIONS[pathology](np.random.default_rng([seed, 3]), a, scanner, plain)
     fraction = fraction * a.brain_mask

@@ -25,7 +25,7 @@ def reconstruct_volume(model, volume: np.ndarray, seed_parts: tuple, device="cpu
     return torch.cat(out)[:, 0].permute(1, 2, 0).cpu().numpy()
 
 # %% ../nbs/34_reconstruct.ipynb #a9c687e3
-RECONSTRUCT_VERSION = 3
+RECONSTRUCT_VERSION = 4
 
 def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None, restore: RestoreConfig | None = None) -> dict[int, np.ndarray]:
     """Restorations {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.

@@ -205,7 +205,7 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
     return tuple(entries.values())
 
 # %% ../nbs/41_runs.ipynb #9f5122af
-STAGES = {"prepare": 2, "train": 2, "evaluate": 5, "report": 5}
+STAGES = {"prepare": 2, "train": 3, "evaluate": 6, "report": 5}
 "The stages of a study and the version of each: part of every key."
 RUN, RESULT = "uad-run/1", "uad-result/1"
 

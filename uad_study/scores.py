@@ -87,24 +87,28 @@ def _range(a, b, data_range):
     return float(data_range)
 
 def _ssims(x, x_hat, sigmas, data_range=None, mask=None, dims=3):
-    "Yield the SSIM (H, W, D), float64, of one pair of volumes at each sigma; 1 outside `mask`. The products of voxels are made once."
-    a, b = x.double(), x_hat.double()
-    L, outside = _range(a, b, data_range), None if mask is None else ~mask
+    "Yield the SSIM (H, W, D) of one pair of volumes at each sigma; 1 outside `mask`. The products of voxels are made once. In float64, or float32 where that is within 1e-4 of it: float32 volumes of about the data range."
+    L, outside = _range(x, x_hat, data_range), None if mask is None else ~mask
     if L == 0:
+        a, b = x.double(), x_hat.double()
         same = (a == b) if mask is None else (a == b) | outside
         for s in sigmas:
             for n in a.shape[:dims]: _band(n, float(s))                        # refuses what is too small for sigma
             yield torch.where(same, 1., 2 * a * b / (a * a + b * b))
         return
     c1, c2 = 2 * (0.01 * L)**2, 2 * (0.03 * L)**2                                  # doubled, as all the terms below
-    a, b = a + b, a - b
+    a, b = x + x_hat, x - x_hat
+    inside = a if mask is None else a[mask]
+    middle = float(inside.min() + inside.max()) / 2 if inside.numel() else 0.            # taken away: variances are then differences of small numbers
+    a = a - middle
     if mask is not None: a, b = a.masked_fill(outside, 0), b.masked_fill(outside, 0)
-    moments = torch.stack([a, b, a * a, b * b] + ([] if mask is None else [mask.double()]))
+    if max(float(a.abs().max()), float(b.abs().max())) > 2 * L: a, b = a.double(), b.double()
+    moments = torch.stack([a, b, a * a, b * b] + ([] if mask is None else [mask.to(a)]))
     for s in sigmas:
         ma, mb, va, vb, *weight = _blur(moments, s, dims)
         if weight: ma, mb, va, vb = (m / weight[0].masked_fill(outside, 1) for m in (ma, mb, va, vb))      # inside, a voxel's own weight is above 0
-        ma, mb = ma.square_(), mb.square_()
-        va, vb = va.sub_(ma).clamp_(min=0), vb.sub_(mb).clamp_(min=0)
+        va, vb = (v.addcmul_(m, m, value=-1).clamp_(min=0) for v, m in ((va, ma), (vb, mb)))
+        ma, mb = ma.add_(middle).square_(), mb.square_()
         ssim = (ma - mb).add_(c1).mul_((va - vb).add_(c2)).div_(ma.add_(mb).add_(c1).mul_(va.add_(vb).add_(c2)))
         yield ssim if mask is None else ssim.masked_fill_(outside, 1)
 
