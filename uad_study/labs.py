@@ -20,7 +20,7 @@ from .evaluate import kept_restorations, restoration_quality
 from .judge import headline_rule
 from .metrics import expanded_tail
 from .models import MODELS, RestoreConfig, model_config
-from .postprocess import erode_mask
+from .postprocess import erode_mask, labelled
 from .reconstruct import reconstruct_cohort
 from .results import NAMES, Results, score_label
 from .scores import SIGMAS, sigma_of
@@ -37,10 +37,9 @@ def state_for(view: View, model: int, row: int, score: str = "ssim_ens", rule: s
 
 def _judged(view: View, model: int, row: int):
     "Of a case: labels (H, W, D) of the true lesions (26-connected, numbered from 1; 0 elsewhere), and the eroded brain mask. Voxels to ignore are in neither."
-    from cc3d import connected_components
     _, _, mask, lesion = view.case(ViewState(model=model, row=row))
     seen = ~np.asarray(view.cohort.ignore_masks[row])
-    return connected_components(np.require(lesion & seen, requirements="CW"), connectivity=26), erode_mask(mask, view.models[model].erode) & seen
+    return labelled(lesion & seen)[0], erode_mask(mask, view.models[model].erode) & seen
 
 def _about(view: View, row: int) -> dict:
     "Subject, contrast, pathology and person of a row of the cohort."

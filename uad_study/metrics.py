@@ -12,7 +12,7 @@ import itertools, math
 import numpy as np
 from .core import UadError
 from .scores import SIGMAS, kernel_size
-from .postprocess import components
+from .postprocess import components, labelled
 
 # %% ../nbs/22_metrics.ipynb #b8f7a355
 def _array(a, name):
@@ -152,13 +152,12 @@ def volume_threshold(maps, masks, voxel_ml: float, max_ml: float = 1.0, share: f
 # %% ../nbs/22_metrics.ipynb #e0a00492
 def _overlaps(pred, truth, ignore, connectivity):
     "Voxels of each lesion and of each predicted component (outside `ignore`; those with half or more of their voxels there are left out), and their overlaps: lesion, component, voxels."
-    import cc3d
     shape, masks = np.shape(truth), []
     for m, name in ((pred, "prediction"), (truth, "truth"), (np.zeros(shape, bool) if ignore is None else ignore, "mask to ignore")):
         if np.shape(m) != shape or len(shape) != 3: raise UadError(f"metrics: {name} {np.shape(m)} and truth {shape}: give masks (H, W, D) on the same grid")
         masks.append(_binary(m, name).reshape(shape))
     if connectivity not in (6, 18, 26): raise UadError(f"metrics: connectivity is {connectivity}: choose 6, 18 or 26")
-    (p, n_p), (t, n_t) = (cc3d.connected_components(np.require(m, requirements="CW"), connectivity=connectivity, return_N=True) for m in masks[:2])             # cc3d refuses what is read-only
+    (p, n_p), (t, n_t) = (labelled(m, connectivity) for m in masks[:2])
     p, t, hidden = p.ravel(), t.ravel(), (masks[2] & ~masks[1]).ravel()
     size_p, size_t = (np.bincount(a, minlength=n + 1)[1:] for a, n in ((p, n_p), (t, n_t)))
     unseen = np.bincount(p[hidden], minlength=n_p + 1)[1:] if ignore is not None else np.zeros(n_p, int)
