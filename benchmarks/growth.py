@@ -147,7 +147,7 @@ def plan(t: dict, n: int = 100_000) -> list:
             f"""Rates are those of the tables above (one core, {many:,} subjects), where nothing else is said. What would break first, in this order:
 
 1. **One process packs one file of each kind.** {gb(n * 4 * 96 * 96 * 50)} GB of images in a single `.npy`: it is mapped, so that memory stays flat, but one changed subject means packing all again. Shards of some thousand volumes, each with its hash, would mend it.
-2. **One process judges a training.** {hours(n * all_scores)} hours for all scores. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
+2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
 3. **The table of cases is one data frame**, a row for each case, score and rule: at 13 scores and 7 rules {n * 91 / 1e6:.1f} million rows, from which the bootstrap over patients draws.
 4. **The page of a data set** holds a picture of each subject: no browser opens {n:,} of them.
 
@@ -167,12 +167,11 @@ def main():
     if wrong := [x for x in a.tables if x not in POINTS]: p.error(f"{wrong[0]} is no table: choose from {', '.join(POINTS)}")
     from uad_study.runs import provenance
     kept = HERE/"growth.json"
-    figures = json.loads(kept.read_text()) if kept.exists() else {}
     for name in a.tables or POINTS:
-        figures[name] = dict(when=f"{time.strftime('%F')}, commit {(provenance().get('commit') or 'none')[:12]}", points={n: measured(name, n) for n in POINTS[name]})
+        found = dict(when=f"{time.strftime('%F')}, commit {(provenance().get('commit') or 'none')[:12]}", points={n: measured(name, n) for n in POINTS[name]})
+        figures = (json.loads(kept.read_text()) if kept.exists() else {}) | {name: found}
+        kept.write_text(json.dumps({k: figures[k] for k in POINTS if k in figures}, indent=1) + "\n")
         print(name, "measured", flush=True)
-    figures = {k: figures[k] for k in POINTS if k in figures}
-    kept.write_text(json.dumps(figures, indent=1) + "\n")
     (HERE/"growth.md").write_text(written(json.loads(kept.read_text())))
     print(written(json.loads(kept.read_text())))
 
