@@ -61,6 +61,7 @@ def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, freq
     (H, W), (generator, device) = _size(size), _devices(generator, device)
     if n < 0 or H < 1 or W < 1: raise UadError(f"noise size: cannot make {n} fields of {H} x {W} pixels: give positive numbers")
     check_octaves((H, W), octaves, frequency)
+    if not n: return torch.zeros(0, 1, H, W, device=device)
     new = dict(generator=generator, device=generator.device)
     layers, picks, table, vertices = [], [], None, 0
     for o in reversed(range(octaves)) if anchored else range(octaves):
