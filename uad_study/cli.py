@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STOPPED', 'app', 'manifest_app', 'Out', 'Data', 'Verbose', 'HEADS', 'What', 'Folder', 'Pathology', 'State', 'Space',
            'Val', 'Test', 'Folds', 'Seed', 'Table', 'main', 'row', 'table', 'counts', 'Show', 'demo', 'run', 'prepare',
-           'status', 'report', 'clean', 'explore', 'check', 'record_hashes', 'make_splits', 'evaluate', 'from_folder',
-           'from_bids']
+           'status', 'report', 'clean', 'explore', 'check', 'record_hashes', 'make_splits', 'evaluate', 'export',
+           'from_folder', 'from_bids']
 
 # %% ../nbs/59_cli.ipynb #7868fd8c
 import os, sys
@@ -377,6 +377,21 @@ def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results wh
             results = judge_again(source, out, score_settings(change or ()), label, extra, partial(parallel_map, workers=workers or None), print)
         write_report(results, out)
     print(f"report: {out/'report.html'}\ntable:  {out/'table.csv'}")
+
+# %% ../nbs/59_cli.ipynb #789b9a50
+@app.command()
+def export(run: Annotated[Path, typer.Argument(help="The folder of a finished training, such as runs/demo/train-T2w-ddpm-f0-...")],
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The folder to write (default: weights/MODEL-CONTRAST).")] = None,
+           name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "", device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"):
+    "Weights for another machine: half precision, a model card, thresholds set on healthy scans; a MONAI Bundle that `uad score --weights` takes as well."
+    from uad_study.runs import pick_device
+    from uad_study.weights import export_weights, training_of
+    training, facts = training_of(run)
+    out = out or Path("weights")/(name or f"{facts['parameters']['model_config'].get('name', 'ddpm')}-{facts['parameters']['contrast']}")
+    say = lambda done, n, what: print(f"\r{what} of {n}", end="" if done < n else "\n", file=sys.stderr, flush=True)
+    card = export_weights(training, out, name, pick_device(device), tick=say if sys.stderr.isatty() else None)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    print(f"{out}: {card['name']}, {card['parameters']:,} parameters, {size / 1e6:.1f} MB; what they are and are not for: {out/'docs'/'README.md'}")
 
 # %% ../nbs/59_cli.ipynb #96098fe8
 Folder = Annotated[Path, typer.Argument(help="The folder of scans.")]

@@ -93,7 +93,7 @@ def choose_threshold(weights: Weights, score: str, threshold: float | None = Non
 def found_parts(found, score_map, prepared: Prepared) -> list[dict]:
     """The 26-connected components of `found` (H, W, D), largest first: volume_ml and centre_mm (RAS) in the scan, atlas_ml and atlas_mm in the atlas, peak of `score_map`, voxels (on the grid)."""
     labels, n = labelled(found)
-    scale, back, parts = abs(np.linalg.det(prepared.to_atlas[:3, :3])), np.linalg.inv(prepared.to_atlas), []
+    scale, back, parts = float(abs(np.linalg.det(prepared.to_atlas[:3, :3]))), np.linalg.inv(prepared.to_atlas), []
     for k in range(1, n + 1):
         where = np.argwhere(labels == k)
         atlas = prepared.grid_affine @ [*where.mean(0), 1]
