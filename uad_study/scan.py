@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESEARCH_USE', 'SUMMARY', 'SCORE_VERSION', 'FOUND_COLOR', 'scan_state', 'ScanResult', 'choose_threshold',
            'found_parts', 'contrast_note', 'score_scan', 'label_of', 'output_names', 'summary_of', 'write_scan',
-           'scan_pictures', 'scan_page', 'find_scans', 'mask_for', 'kept_summary', 'score_file', 'score_files']
+           'scan_pictures', 'scan_page', 'find_scans', 'weights_for', 'mask_for', 'kept_summary', 'score_file',
+           'score_files']
 
 # %% ../nbs/54_scan.ipynb #8c9910e4
 import base64, html, io, re, time
@@ -21,7 +22,7 @@ from .prepare import Prepared, _resample, config_atlas, fine_affine, largest_com
 from .reconstruct import reconstruct_volume
 from .scores import score_maps
 from .volume import GRID_SHAPE, VOXEL_ML, Volume, load_mask, load_volume, save_volume
-from .weights import Weights, distance
+from .weights import Weights, distance, load_weights, packaged_weights
 
 # %% ../nbs/54_scan.ipynb #240e599b
 RESEARCH_USE = "Research use only: not a medical device, not for diagnosis or treatment."
@@ -184,7 +185,7 @@ def write_scan(result: ScanResult, folder, key: str = "") -> dict:
     return summary
 
 # %% ../nbs/54_scan.ipynb #ede28993
-FOUND_COLOR = (86, 180, 233)
+FOUND_COLOR = (230, 97, 0)
 
 def _centre(result: ScanResult) -> list[int]:
     "The voxel to look at: where the largest component has most voxels in each plane; of an empty result the map's highest voxel, else the brain's middle."
@@ -213,7 +214,7 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
         up = lambda a: np.flip(a.swapaxes(0, 1), 0)
         x, mask = scan.take(2 * at[axis], axis), twice(found.take(at[axis], axis))
         over, edge = gray(x), mask & ~binary_erosion(mask)
-        over[mask] = (.7 * over[mask] + .3 * np.array(FOUND_COLOR)).astype(np.uint8); over[edge] = FOUND_COLOR
+        over[mask] = (.5 * over[mask] + .5 * np.array(FOUND_COLOR)).astype(np.uint8); over[edge] = FOUND_COLOR
         colours = (colormaps["inferno"](twice(np.clip(scores.take(at[axis], axis) / top, 0, 1)))[..., :3] * 255).astype(np.uint8)
         pictures |= {(plane, k): up(v) for k, v in dict(scan=gray(x), restoration=gray(twice(restored.take(at[axis], axis))), map=colours, found=over).items()}
     return pictures, top
@@ -288,6 +289,16 @@ def find_scans(places, contrast: str) -> list[Path]:
         if not found: raise UadError(f"{p}: holds no scan: .nii and .nii.gz files directly in it are taken, but masks and other contrasts than {contrast} by their names")
         files += found
     return files
+
+def weights_for(name: str, contrast: str = "", scans=(), device: str = "cpu") -> Weights:
+    """`load_weights`, but of a packaged family such as 'ddpm' without a `contrast` the one that the names of all `scans` end in ('..._T1w.nii.gz'), or the only one there is. Raises `UadError` where
+    that leaves both."""
+    family = [c for c in ("T1w", "T2w") if f"{name}-{c}" in packaged_weights()]
+    if not contrast and family and str(name) not in packaged_weights() and not Path(name).exists():
+        said = {m[1] if (m := re.search(r"_(T1w|T2w)\.nii(\.gz)?$", Path(s).name)) else "" for s in scans}
+        contrast = said.pop() if len(said) == 1 and said & {"T1w", "T2w"} else family[0] if len(family) == 1 else ""
+        if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not all end in the same of _T1w and _T2w")
+    return load_weights(name, contrast or None, device)
 
 def mask_for(path: Path, pattern: str) -> Path:
     "The brain mask of a scan: `pattern`, with '{name}' for the scan's name without .nii.gz; a relative one that is not there is looked for beside the scan."
