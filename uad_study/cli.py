@@ -399,7 +399,7 @@ class Scored:
     def __init__(self, n: int):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        self.console, self.n, self.done = Console(highlight=False, markup=False, soft_wrap=True), n, 0
+        self.console, self.n, self.done = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200), n, 0
         self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("scoring", total=n)
 
@@ -421,7 +421,7 @@ class Scored:
         for r in rows[rows.how != "failed"].itertuples():
             style = {"in": "green", "borderline": "yellow", "out": "red"}[r.verdict]
             t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", "done already" * (r.how == "kept"))
-        if t.row_count: self.console.print(t, width=None if self.console.is_terminal else 200)
+        if t.row_count: self.console.print(t)
         for r in rows[rows.how != "failed"].itertuples():
             if r.note: print(f"note: {r.scan}: {r.note}")
         for r in rows[rows.how != "failed"].head(3).itertuples(): print(f"page: {out/r.label/'index.html'}")
