@@ -15,10 +15,12 @@ help:            ## this list
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, not %d.%d: set PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing the package and what it needs: some minutes, once'
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
+	@echo 'installing what development needs: a minute, once'
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -35,8 +37,8 @@ lab: venv                 ## the demo's results in JupyterLab
 gate: dev                 ## notebooks and package agree; notebooks are clean
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/gate.sh
 
-test: dev gate            ## every check but the slow ones
-	$(BIN)/python -m pytest
+test: dev gate            ## every check but the slow ones, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: dev gate        ## every check; keeps its last line in benchmarks/
 	mkdir -p .pytest_cache; set -o pipefail; $(BIN)/python -m pytest -m 'slow or not slow' | tee .pytest_cache/test-all.txt

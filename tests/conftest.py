@@ -15,6 +15,11 @@ engine: {threads: 1}
 """
 
 
+def pytest_collection_modifyitems(items):
+    "Workers of pytest-xdist take whole files, so that what a file sets up is set up once; and one of them all that needs the tiny study."
+    for item in items: item.add_marker(pytest.mark.xdist_group("tiny study" if "tiny_out" in item.fixturenames else item.path.name))
+
+
 def command(*args): return [sys.executable, "-c", "from uad_study.cli import main; main()", *map(str, args)]
 
 

@@ -43,3 +43,17 @@ def test_operations_of_the_paper_model(monkeypatch):
     import gpu
     from uad_study.models import model_config
     assert gpu.step_flop(model_config("ddpm"), 2) / 2 / 3 == pytest.approx(149e9, rel=.01)
+
+
+def test_cost_tables_are_those_of_their_figures(monkeypatch):
+    "growth.md says what growth.json holds, a point of a table can be measured, and an unknown table is refused."
+    import json
+    monkeypatch.syspath_prepend(FOLDER)
+    import growth
+    kept = json.loads((FOLDER/"growth.json").read_text())
+    assert (FOLDER/"growth.md").read_text() == growth.written(kept) and set(kept) == set(growth.POINTS)
+    for name, points in growth.POINTS.items(): assert list(kept[name]["points"]) == list(map(str, points))
+    point = json.loads(run("growth.py", "--point", "sigmas", "2").stdout)
+    assert point["ens"]["seconds"] > 0 and point["ens"]["mb"] >= 0
+    r = run("growth.py", "sizzes")
+    assert r.returncode and "no table" in r.stderr

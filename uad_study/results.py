@@ -17,7 +17,7 @@ from .cohort import Cohort, Item, write_cohort, write_reconstructions
 from .evaluate import kept_restorations
 from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
-from .runs import RESULT, RUN, STAGES, planned_report
+from .runs import PLAN, RESULT, RUN, STAGES, planned_report
 from .scores import SIGMAS
 from .volume import load_map
 
@@ -222,6 +222,14 @@ def _belong_together(evaluations: dict, variants: set):
 # %% ../nbs/42_results.ipynb #dcd3f5e8
 POST = ("erode", "median", "min_voxels", "median_first", "components_in_search")
 
+def _labels(folders) -> dict:
+    "The labels of what was planned in the folders, by the names of the runs' folders."
+    found = {}
+    for f in folders:
+        try: found |= {r["folder"]: r["label"] for r in read_json(Path(f)/"plan.json", PLAN)["runs"]}
+        except UadError: pass
+    return found
+
 def gather(folders, title: str = "") -> Results:
     """The results in the folders `folders` and below them as one: of a study that is finished or not, of one whose runs were made on several machines, or of several methods judged alike.
 
@@ -244,7 +252,8 @@ def gather(folders, title: str = "") -> Results:
     variants = list({v["label"]: v for p in plans for v in p["parameters"].get("variants", ())}.values())
     _belong_together(evaluations, {v["label"] for v in variants})
     notes = [f"{read_json(d/'run.json', RUN)['label']}: " + ((d/"error.txt").read_text().strip() if (d/"error.txt").exists() else "not finished") for d in runs.values() if d not in done]
-    notes += [f"{Path(d).name}: is planned, but not there" for p in plans for d in p["parameters"]["evaluate_dirs"] if Path(d).name not in runs]
+    named = _labels(folders)
+    notes += [f"{named.get(Path(d).name, Path(d).name)}: is planned, but not there" for p in plans for d in p["parameters"]["evaluate_dirs"] if Path(d).name not in runs]
     order = {Path(d).name: i for i, d in enumerate(d for p in plans for d in p["parameters"]["evaluate_dirs"])}
     done.sort(key=lambda d: (order.get(d.name, len(order)), d.name))
     judged = [(d, e) for d, e in ((d, evaluations[d]["parameters"]) for d in done) if e.get("perfect")]

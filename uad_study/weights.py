@@ -94,14 +94,14 @@ def _rounded(model):
 
 def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, seed: int, tick=None) -> tuple[dict, dict]:
     "Thresholds by score, and the reference of `distance`, of healthy validation rows."
-    kept, error, histograms = KeptMaps(cohort, folder, scores), [], []
+    kept, error, histograms, names = KeptMaps(cohort, folder, scores), [], [], scores.names_for(cohort.table.contrast.iloc[rows[0]])
     for i, r in enumerate(rows):
         x, mask = np.asarray(cohort.images[r]), np.asarray(cohort.brain_masks[r])
         x_hat = reconstruct_volume(model, x, (seed, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device)
-        kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, scores.names, scores).values())
+        kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores).values())
         error.append(_error(x, x_hat, mask, scores.erode)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
-    thresholds = {name: float(_Judged(kept, k, name).healthy(list(rows))["healthy"]) for k, name in enumerate(scores.names)}
+    thresholds = {name: float(_Judged(kept, k, name).healthy(list(rows))["healthy"]) for k, name in enumerate(names)}
     kept.remove()
     mean, n = np.mean(histograms, 0), len(rows)
     others = [(n * mean - h) / (n - 1) if n > 1 else mean for h in histograms]                     # each is compared with the rest, as a new scan will be with all
@@ -206,7 +206,7 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
         restore = from_dict(RestoreConfig, card["restore"], f"{folder/CARD}: restore") if card["restore"] else None
         thresholds, found = {str(k): float(v) for k, v in card["thresholds"].items()}, str(card["contrast"])
         choice(found, ("T1w", "T2w"), f"{folder/CARD}: contrast")
-        if not all(map(np.isfinite, thresholds.values())) or set(thresholds) != set(scores.names) or not {"n", "error", "histogram", "apart"} <= set(card["healthy"]): raise ValueError
+        if not all(map(np.isfinite, thresholds.values())) or set(thresholds) != set(scores.names_for(found)) or not {"n", "error", "histogram", "apart"} <= set(card["healthy"]): raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError): raise UadError(f"{folder/CARD}: is incomplete or damaged: export the weights again") from None
     if contrast and contrast != found: raise UadError(f"weights: {card['name']} are of {found} scans, not {contrast}: choose others, or another --contrast")
     if not (folder/TENSORS).is_file() or file_sha256(folder/TENSORS) != card["tensors_sha256"]: raise UadError(f"{folder/TENSORS}: is missing, or not what its card says: export the weights again")
