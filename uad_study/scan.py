@@ -202,10 +202,12 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
     'map' (inferno, from 0 to the value that is returned) and 'found'."""
     from matplotlib import colormaps
     from scipy.ndimage import binary_dilation, binary_erosion
-    p, (low, high), shape = result.prepared, result.prepared.fine["intensity"], [2 * n for n in GRID_SHAPE]
+    p, shape = result.prepared, [2 * n for n in GRID_SHAPE]
     twice = lambda a: a.repeat(2, 0).repeat(2, 1)
     box = tuple(slice(max(0, int(i.min()) - 2), int(i.max()) + 3) for i in np.nonzero(p.brain_mask))
-    scan = np.clip((_resample(result.scan.data, result.scan.affine, p.to_atlas, fine_affine(p.grid_affine), shape, 1) - low) / (high - low), 0, 1)[tuple(slice(2 * b.start, 2 * b.stop) for b in box)]
+    scan = _resample(result.scan.data, result.scan.affine, p.to_atlas, fine_affine(p.grid_affine), shape, 1)
+    low, high = np.percentile(scan[::2, ::2, ::2][p.brain_mask], (1, 99.5))
+    scan = ((scan - low) / max(high - low, 1e-6))[tuple(slice(2 * b.start, 2 * b.stop) for b in box)]
     restored, scores, found = (np.asarray(a)[box] for a in (np.where(p.brain_mask, result.reconstruction, 0), result.maps[result.score], result.found))
     top = max(float(np.percentile(scores[scores > 0], 99.8)) if (scores > 0).any() else 0., 1.25 * result.threshold, 1e-6)
     at, pictures = [c - b.start for c, b in zip(_centre(result), box)], {}
@@ -240,12 +242,14 @@ _KINDS = dict(scan="Scan", restoration="Restored as healthy", map="Anomaly map",
 
 def _picture(pixels, alt: str, ends: str) -> str:
     from PIL import Image
-    buffer = io.BytesIO(); Image.fromarray(pixels).quantize(128).save(buffer, "png")
+    buffer, image = io.BytesIO(), Image.fromarray(np.ascontiguousarray(pixels))
+    if (pixels == pixels[..., :1]).all(): image = image.convert("L")
+    image.save(buffer, "png", optimize=True)
     return f"<figure><img alt='{html.escape(alt, quote=True)}' width={pixels.shape[1]} height={pixels.shape[0]} src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'><i class=l>{ends[0]}</i><i class=r>{ends[1]}</i></figure>"
 
 def _components_table(s: dict) -> str:
     if not s["n_components"]: return "<p>No component is above the threshold. That is no statement about the person's health.</p>"
-    mm = lambda v: ", ".join(f"{x:.0f}" for x in v)
+    mm = lambda v: ", ".join(str(round(x)) for x in v)
     rows = "".join(f"<tr><td>{i}<td>{c['volume_ml']:.2f}<td>{mm(c['centre_mm'])}<td>{mm(c['atlas_mm'])}<td>{c['peak']:.3f}" for i, c in enumerate(s["components"], 1))
     more = f"<p class=foot>The {len(s['components'])} largest of {s['n_components']}.</p>" if s["n_components"] > len(s["components"]) else ""
     return f"<div class=scroll><table><tr><th>Component<th>Volume, mL<th>Centre in the scan, mm (RAS)<th>Centre in the atlas, mm<th>Highest score{rows}</table></div>{more}"
