@@ -11,9 +11,9 @@ from uad_study.cli import app
 from uad_study.core import UadError, read_json
 from uad_study.judge import ScoreConfig
 from uad_study.prepare import PrepareConfig, _resample
-from uad_study.scan import RESEARCH_USE, SUMMARY, find_scans, label_of, score_file, score_files, score_scan, scan_state, write_scan
+from uad_study.scan import SUMMARY, find_scans, label_of, score_file, score_files, score_scan, scan_state, write_scan
 from uad_study.volume import GRID_AFFINE, GRID_SHAPE, Volume, load_volume, save_volume
-from uad_study.weights import Weights, histogram
+from uad_study.weights import RESEARCH_ONLY, Weights, histogram
 
 DATA = Path(os.environ.get("UAD_REALDATA") or Path(__file__).resolve().parents[2]/"shared"/"realdata")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -106,7 +106,7 @@ def test_the_ball_is_found_where_it_is(patient, plain):
     assert ball_found(folder, patient) > .85 and row["components"] == 1 and abs(row["volume_ml"] / 20.1 - 1) < .2
     assert s["volume_ml"] == row["volume_ml"] and abs(s["mask_ml"] / s["volume_ml"] - 1) < .1
     np.testing.assert_allclose(s["components"][0]["centre_mm"], GRID_AFFINE[:3] @ [*BALL, 1], atol=2)
-    assert s["research_use"] == RESEARCH_USE and s["weights"] == "dimmer" and s["verdict"] in ("in", "borderline", "out") and set(s["distance"]) == {"error", "histogram", "verdict"}
+    assert s["research_only"] == RESEARCH_ONLY and s["weights"] == "dimmer" and s["verdict"] in ("in", "borderline", "out") and set(s["distance"]) == {"error", "histogram", "verdict"}
     assert {"read", "prepare", "restore", "score", "compare", "write"} == set(s["seconds"]) and str(folder.parent) not in json.dumps(s)
     restored, original = outputs(folder)["reconstruction"].get_fdata(), load_volume(folder.parents[1]/"plain.nii.gz").data
     inside = (restored > 0) & (original > 0)
@@ -180,7 +180,7 @@ def test_a_name_with_html(result, tmp_path):
     folder = tmp_path/label_of(named.scan.path, "T1w")
     write_scan(named, folder)
     page = (folder/"index.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "<b>mine" not in page and "&lt;b&gt;mine" in page and RESEARCH_USE in page
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "<b>mine" not in page and "&lt;b&gt;mine" in page and RESEARCH_ONLY in page
     assert not re.search(r"(src|href)\s*=\s*(?!['\"]?data:)", page) and "url(" not in page                    # asks for nothing
     assert not any(b"somebody" in f.read_bytes() for f in folder.iterdir())
 
@@ -198,8 +198,8 @@ def test_the_page_in_a_browser(plain):
             page.on("console", lambda m: bad.append(m.text)); page.on("request", lambda r: bad.append(r.url) if r.url != file.as_uri() and not r.url.startswith("data:") else None)
             page.goto(file.as_uri())
             assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 50).length") == 12 and page.evaluate("document.documentElement.scrollWidth") <= width and not bad, bad
-            for words in (RESEARCH_USE, "dimmer", "Is the scan like those of the training?"): assert page.get_by_text(words).first.is_visible()
-            assert page.get_by_text(RESEARCH_USE).first.bounding_box()["y"] < 300
+            for words in (RESEARCH_ONLY, "dimmer", "Is the scan like those of the training?"): assert page.get_by_text(words).first.is_visible()
+            assert page.get_by_text(RESEARCH_ONLY).first.bounding_box()["y"] < 300
             colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         b.close()
     assert len(colours) == 2
@@ -278,13 +278,16 @@ def test_command(trained, tmp_path, monkeypatch):
     for i in (1, 2): save_volume(tmp_path/"in"/f"sub-0{i}_T2w.nii.gz", np.where(mask, 50 + i * 100 * x, 0), GRID_AFFINE)
     (tmp_path/"in"/"sub-03_T2w.nii.gz").write_text("no image"); save_volume(tmp_path/"in"/"sub-01_mask.nii.gz", mask, GRID_AFFINE)
     r = uad("score", "in", "--weights", trained, "--out", "out", "--score", "l1", cwd=tmp_path)
-    assert r.returncode == 1 and r.stderr.count("failed: ") == 1 and "sub-03_T2w.nii.gz: " in r.stderr and RESEARCH_USE in r.stdout and "page: " in r.stdout, r.stdout + r.stderr
+    assert r.returncode == 1 and r.stderr.count("failed: ") == 1 and "sub-03_T2w.nii.gz: " in r.stderr and RESEARCH_ONLY in r.stdout and "page: " in r.stdout, r.stdout + r.stderr
     table = pd.read_csv(tmp_path/"out"/"scores.csv")
     assert table.how.tolist() == ["scored", "scored", "failed"] and str(tmp_path) not in (tmp_path/"out"/"scores.csv").read_text()
     again = uad("score", "in/sub-01_T2w.nii.gz", "in/sub-02_T2w.nii.gz", "--weights", trained, "--out", "out", "--score", "l1", cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.count("done already") == 2, again.stdout + again.stderr
     assert pd.read_csv(tmp_path/"out"/"scores.csv").volume_ml.tolist() == table.volume_ml[:2].tolist()
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [".lock", "scores.csv", "sub-01_T2w", "sub-02_T2w"]
+    (tmp_path/"bad").mkdir(); [(tmp_path/"bad"/f"{k}.nii.gz").write_text("no image") for k in "ab"]
+    none = CliRunner().invoke(app, ["score", "--weights", str(trained), "--out", str(tmp_path/"none"), str(tmp_path/"bad")])
+    assert none.exit_code == 1 and none.output.count("failed: ") == 2 and sorted(p.name for p in (tmp_path/"none").iterdir()) == [".lock", "scores.csv"]
     one_line(uad("score", "in/sub-03_T2w.nii.gz", "--weights", trained, "--out", "other", cwd=tmp_path), "not compressed")
     monkeypatch.chdir(tmp_path)
     for arguments, words in ((("in/sub-01_T2w.nii.gz", "--contrast", "T1w"), "T1w"), (("in/sub-01_T2w.nii.gz", "--contrast", "FLAIR"), "--contrast"),

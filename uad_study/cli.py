@@ -441,7 +441,8 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
     "Your own scans through finished weights: anomaly map and mask on the scan's own grid, a summary, and a page to look at. Research use only. Exit code 1 if some scans failed."
     from uad_study.core import choice
     from uad_study.runs import out_folder, pick_device
-    from uad_study.scan import RESEARCH_USE, find_scans, score_files, weights_for
+    from uad_study.scan import find_scans, score_files, weights_for
+    from uad_study.weights import RESEARCH_ONLY
     setup_logging(verbose)
     if contrast: choice(contrast, ("T1w", "T2w"), "--contrast")
     w = weights_for(weights, contrast, scans, device := pick_device(device))
@@ -451,7 +452,7 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
     if len(files) == 1 and len(failed): raise UadError(failed.error.iloc[0])
     show.table(table, out)
     for e in failed.error: print(f"failed: {e}", file=sys.stderr)
-    print(f"{RESEARCH_USE}\nweights {w.name} ({w.contrast}), {name} above {table.threshold.dropna().iloc[0]:.4g}" if len(failed) < len(table) else RESEARCH_USE)
+    print(f"{RESEARCH_ONLY}\nweights {w.name} ({w.contrast})" + (f", {name} above {table.threshold.dropna().iloc[0]:.4g}" if len(failed) < len(table) else ""))
     if len(failed): raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #96098fe8
