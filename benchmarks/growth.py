@@ -3,7 +3,7 @@
 Each line is measured in a process of its own, with one thread. The figures go to benchmarks/growth.json, and all tables that it holds to benchmarks/growth.md; a table can be measured again by itself."""
 import argparse, json, os, subprocess, sys, tempfile, threading, time
 from pathlib import Path
-import numpy as np
+import numpy as np, psutil
 
 HERE = Path(__file__).parent
 POINTS = dict(subjects=(10, 100, 1000), slices=(10, 50, 250, 1000), sigmas=(1, 2, 4, 8, 16, 32), sizes=(96, 128, 192, 256), devices=(1, 2))
@@ -11,8 +11,12 @@ ALL_SCORES = 100                # of so many patients all scores are judged as w
 
 
 def own_mb() -> float:
-    "MB of the process's own memory: pages of mapped files, which the system may drop at any time, are not counted."
-    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")).split()[1]) / 1024
+    "MB of memory of this process and its children; pages of mapped files, which the system may drop at any time, are not counted."
+    total = 0
+    for p in (me := psutil.Process(), *me.children(recursive=True)):
+        try: total += int(next(x for x in Path(f"/proc/{p.pid}/status").read_text().splitlines() if x.startswith("RssAnon")).split()[1]) / 1024
+        except (OSError, StopIteration): pass                                               # it has just ended
+    return total
 
 def cost(f, repeat: int = 1) -> dict:
     "Seconds of `f` (the best of `repeat`), and the MB by which the process's own memory grew at its peak (looked at every 20 ms)."
@@ -98,7 +102,7 @@ def devices(n: int, place: Path) -> dict:
     def tick(step, *_, **__): times.append(time.perf_counter())
     def go(): train(Cohort(place/"cohort"), "T2w", 0, model, TrainConfig(steps=14, batch_size=16, val_every=10**6, val_slices=8, checkpoint_minutes=60), place/"train", devices=n, tick=tick)
     whole = cost(go)
-    return dict(step=dict(seconds=float(np.median(np.diff(times[3:14])))), start=times[0] and whole["seconds"] - (times[-1] - times[0]), **on_disk(place/"train"))
+    return dict(step=dict(seconds=float(np.median(np.diff(times[3:14]))), mb=whole["mb"]), start=times[0] and whole["seconds"] - (times[-1] - times[0]), **on_disk(place/"train"))
 
 
 def measured(table: str, n: int) -> dict:
@@ -119,11 +123,11 @@ def written(f: dict) -> str:
     if "sigmas" in t: parts += ["## Sigmas", table(["sigmas of SSIM-ens, 96x96x50", "s", "ms a sigma", "MB"], [[n, sec(p["ens"]["seconds"]), f"{1000 * p['ens']['seconds'] / n:.0f}", f"{p['ens']['mb']:.0f}"] for n, p in t["sigmas"].items()])]
     if "sizes" in t: parts += ["## Image size", table(["pixels", "noise for 16 slices, s", "training step of 4 slices (demo's DDPM), s", "MB", "SSIM-ens of 50 slices, s", "MB"],
         [[f"{n}x{n}", sec(p["noise"]["seconds"]), sec(p["step"]["seconds"]), f"{p['step']['mb']:.0f}", sec(p["ens"]["seconds"]), f"{p['ens']['mb']:.0f}"] for n, p in t["sizes"].items()])]
-    if "devices" in t: parts += ["## Devices", table(["processes, one thread each (two cores)", "training step of 16 slices, s", "speed-up", "beside the steps, s", "files"],
-        [[n, sec(p["step"]["seconds"]), f"{t['devices'][1]['step']['seconds'] / p['step']['seconds']:.2f}", sec(p["start"]), p["files"]] for n, p in t["devices"].items()])]
+    if "devices" in t: parts += ["## Devices", table(["processes, one thread each (two cores)", "training step of 16 slices, s", "speed-up", "MB, all processes", "beside the steps, s", "files"],
+        [[n, sec(p["step"]["seconds"]), f"{t['devices'][1]['step']['seconds'] / p['step']['seconds']:.2f}", f"{p['step']['mb']:.0f}", sec(p["start"]), p["files"]] for n, p in t["devices"].items()])]
     if "subjects" in t and "slices" in t: parts += plan(t)
     stamps = "; ".join(f"{k}: {v['when']}" for k, v in f.items())
-    return "\n\n".join(["# How cost grows", f"`python benchmarks/growth.py`, each line in a process of its own, one thread. MB: what the process's own memory grew by at its peak (pages of mapped files do not count: the system may drop them). {stamps}.", *parts]) + "\n"
+    return "\n\n".join(["# How cost grows", f"`python benchmarks/growth.py`, each line in a process of its own, one thread. MB: what the memory of the process (and its children) grew by at its peak (pages of mapped files do not count: the system may drop them). {stamps}.", *parts]) + "\n"
 
 def plan(t: dict, n: int = 100_000) -> list:
     "What a biobank would cost, stage by stage: measured rates of one core, times `n`."
@@ -143,7 +147,7 @@ def plan(t: dict, n: int = 100_000) -> list:
             f"""Rates are those of the tables above (one core, {many:,} subjects), where nothing else is said. What would break first, in this order:
 
 1. **One process packs one file of each kind.** {gb(n * 4 * 96 * 96 * 50)} GB of images in a single `.npy`: it is mapped, so that memory stays flat, but one changed subject means packing all again. Shards of some thousand volumes, each with its hash, would mend it.
-2. **One process judges a training.** {hours(n * all_scores)} hours for all scores. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
+2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
 3. **The table of cases is one data frame**, a row for each case, score and rule: at 13 scores and 7 rules {n * 91 / 1e6:.1f} million rows, from which the bootstrap over patients draws.
 4. **The page of a data set** holds a picture of each subject: no browser opens {n:,} of them.
 
@@ -163,12 +167,11 @@ def main():
     if wrong := [x for x in a.tables if x not in POINTS]: p.error(f"{wrong[0]} is no table: choose from {', '.join(POINTS)}")
     from uad_study.runs import provenance
     kept = HERE/"growth.json"
-    figures = json.loads(kept.read_text()) if kept.exists() else {}
     for name in a.tables or POINTS:
-        figures[name] = dict(when=f"{time.strftime('%F')}, commit {(provenance().get('commit') or 'none')[:12]}", points={n: measured(name, n) for n in POINTS[name]})
+        found = dict(when=f"{time.strftime('%F')}, commit {(provenance().get('commit') or 'none')[:12]}", points={n: measured(name, n) for n in POINTS[name]})
+        figures = (json.loads(kept.read_text()) if kept.exists() else {}) | {name: found}
+        kept.write_text(json.dumps({k: figures[k] for k in POINTS if k in figures}, indent=1) + "\n")
         print(name, "measured", flush=True)
-    figures = {k: figures[k] for k in POINTS if k in figures}
-    kept.write_text(json.dumps(figures, indent=1) + "\n")
     (HERE/"growth.md").write_text(written(json.loads(kept.read_text())))
     print(written(json.loads(kept.read_text())))
 
