@@ -32,7 +32,7 @@ def test_help_is_quick():
         t = time.perf_counter(); assert uad("--help").returncode == 0
         return time.perf_counter() - t
     assert min(once() for _ in range(5)) < .5
-    for c in ("demo", "run", "status", "report", "clean", "explore", "manifest"): assert uad(c, "--help").returncode == 0
+    for c in ("demo", "run", "status", "report", "score", "clean", "explore", "manifest"): assert uad(c, "--help").returncode == 0
 
 
 @pytest.mark.parametrize("module, without", [("scores", "monai nibabel nilearn matplotlib scipy pandas"), ("metrics", "monai nibabel nilearn matplotlib pandas"), ("postprocess", "torch monai"), ("phantom", "torch monai"), ("models", "monai"), ("train", "monai")])

@@ -183,3 +183,19 @@ def test_left_is_left(tmp_path):
 def test_wrong_name_to_write(tmp_path):
     with pytest.raises(UadError, match="nii.gz"): save_volume(tmp_path/"x.png", X, np.eye(4))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_a_header_that_claims_too_much(tmp_path, name):
+    "A small file that says it has 35 million million voxels: refused before memory is asked for."
+    import gzip
+    b = bytearray(nibabel.Nifti1Image(X, np.eye(4)).to_bytes()); b[42:48] = np.array([32767] * 3, "<i2").tobytes()
+    (tmp_path/name).write_bytes(gzip.compress(bytes(b)) if name.endswith(".gz") else b)
+    refused(tmp_path/name, "claims 32767 x 32767 x 32767 voxels")
+
+
+def test_a_file_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    p = tmp_path/"x.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((200, 200, 200), np.float32), np.eye(4)), p)
+    monkeypatch.setattr("uad_study.volume.MOST_VOXELS", 100_000)
+    refused(p, "when unpacked")

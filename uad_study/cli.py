@@ -6,7 +6,7 @@
 __all__ = ['STOPPED', 'app', 'manifest_app', 'Out', 'Data', 'Verbose', 'HEADS', 'What', 'Folder', 'Pathology', 'State', 'Space',
            'Val', 'Test', 'Folds', 'Seed', 'Table', 'main', 'row', 'table', 'counts', 'Show', 'demo', 'run', 'prepare',
            'status', 'report', 'clean', 'explore', 'check', 'record_hashes', 'make_splits', 'evaluate', 'export',
-           'from_folder', 'from_bids']
+           'Scored', 'score', 'from_folder', 'from_bids']
 
 # %% ../nbs/59_cli.ipynb #7868fd8c
 import os, sys
@@ -392,6 +392,68 @@ def export(run: Annotated[Path, typer.Argument(help="The folder of a finished tr
     card = export_weights(training, out, name, pick_device(device), tick=say if sys.stderr.isatty() else None)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(f"{out}: {card['name']}, {card['parameters']:,} parameters, {size / 1e6:.1f} MB; what they are and are not for: {out/'docs'/'README.md'}")
+
+# %% ../nbs/59_cli.ipynb #851edaba
+class Scored:
+    "Hears the rows of `scan.score_files`: a bar on a terminal, elsewhere a line for each scan; and shows the table of them all."
+    def __init__(self, n: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        self.console, self.n, self.done = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200), n, 0
+        self.bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("scoring", total=n)
+
+    def __enter__(self): self.bar.start(); return self
+
+    def __exit__(self, *a): self.bar.stop()
+
+    def __call__(self, row: dict):
+        self.done += 1
+        self.bar.update(self.task, advance=1, description=row["scan"])
+        if self.n > 1 and not self.console.is_terminal: self.console.print(f"  {row['how']:<7} {row['scan']} ({self.done} of {self.n})")
+
+    def table(self, rows, out):
+        "A line a scan; of one scan also what the page says first."
+        from rich.table import Table
+        from rich.text import Text
+        t = Table(box=None, pad_edge=False)
+        for h in ("scan", "mL", "components", "largest", "like the training?", "seconds", ""): t.add_column(h, justify="right" if h in ("mL", "components", "largest", "seconds") else "left", no_wrap=h != "scan" or not self.console.is_terminal, overflow="fold")
+        for r in rows[rows.how != "failed"].itertuples():
+            style = {"in": "green", "borderline": "yellow", "out": "red"}[r.verdict]
+            t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", "done already" * (r.how == "kept"))
+        if t.row_count: self.console.print(t)
+        for r in rows[rows.how != "failed"].itertuples():
+            if r.note: print(f"note: {r.scan}: {r.note}")
+        for r in rows[rows.how != "failed"].head(3).itertuples(): print(f"page: {out/r.label/'index.html'}")
+        if len(rows) > 3: print(f"all:  {out/'scores.csv'}")
+
+# %% ../nbs/59_cli.ipynb #d6e4b70e
+@app.command()
+def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="NIfTI files, or folders of them: heads or skull-stripped, any grid and orientation.")],
+          out: Annotated[Path, typer.Option("--out", "-o", help="Folder of what is found, a folder for each scan; what is finished there is not done again.")],
+          contrast: Annotated[str, typer.Option(help="T1w or T2w (default: that of the weights; needed where there are weights for both and the scans' names don't say).")] = "",
+          weights: Annotated[str, typer.Option(help="The name of weights that come with the package, a folder that `uad export` wrote, or a training's folder.")] = "ddpm",
+          brain_mask: Annotated[str, typer.Option(help="The scan's brain mask; of several scans a pattern, such as 'masks/{name}_mask.nii.gz'. Without one it is found (minutes rather than seconds).")] = "",
+          state: Annotated[str, typer.Option(help="head or stripped (default: auto, by the volume of what is not 0).")] = "auto",
+          threshold: Annotated[Optional[float], typer.Option(help="What is above it is marked (default: that of the weights, set on healthy scans).")] = None,
+          name: Annotated[str, typer.Option("--score", help="The score of map, mask and page: ssim_ens, l1, ssim_0.9 ... (all are kept).")] = "ssim_ens",
+          device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu", verbose: Verbose = False):
+    "Your own scans through finished weights: anomaly map and mask on the scan's own grid, a summary, and a page to look at. Research use only. Exit code 1 if some scans failed."
+    from uad_study.core import choice
+    from uad_study.runs import out_folder, pick_device
+    from uad_study.scan import find_scans, score_files, weights_for
+    from uad_study.weights import RESEARCH_ONLY
+    setup_logging(verbose)
+    if contrast: choice(contrast, ("T1w", "T2w"), "--contrast")
+    w = weights_for(weights, contrast, scans, device := pick_device(device))
+    files = find_scans(scans, w.contrast)
+    with out_folder(out) as out, Scored(len(files)) as show: table = score_files(files, w, out, brain_mask, show, state=state, score=name, threshold=threshold, device=device)
+    failed = table[table.how == "failed"]
+    if len(files) == 1 and len(failed): raise UadError(failed.error.iloc[0])
+    show.table(table, out)
+    for e in failed.error: print(f"failed: {e}", file=sys.stderr)
+    print(f"{RESEARCH_ONLY}\nweights {w.name} ({w.contrast})" + (f", {name} above {table.threshold.dropna().iloc[0]:.4g}" if len(failed) < len(table) else ""))
+    if len(failed): raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #96098fe8
 Folder = Annotated[Path, typer.Argument(help="The folder of scans.")]

@@ -19,7 +19,7 @@ from .models import ModelConfig, RestoreConfig, build_model, model_config, param
 from .postprocess import erode_mask
 from .prepare import PrepareConfig
 from .reconstruct import reconstruct_volume
-from .results import Results, summarise
+from .results import Results
 from .runs import RESULT, RUN, STAGES, provenance
 from .train import load_model
 
@@ -78,8 +78,8 @@ def _evaluation(run: Path) -> tuple[Path | None, dict]:
 def _measured(evaluation: Path | None) -> list[dict]:
     "What an evaluation found: a row for each pathology and score; [] without one."
     if evaluation is None: return []
-    r = Results("", "", None, [evaluation])
-    table = summarise(r.cases[r.cases.model != "perfect map"], r.pooled)
+    table = Results("", "", None, [evaluation]).table
+    table = table[table.model != "perfect map"]
     keep = ["pathology", "score", "dice", "dice_lo", "dice_hi", "healthy_dice", "auprc", "chance", "n_val", "n_test", "threshold_from"]
     return [{k: (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v) for k, v in row.items()} for row in table[keep].to_dict("records")]
 
