@@ -93,7 +93,7 @@ def simplex(n=32, size=96):
         assert mine.shape == (n, 1, size, size) and theirs.shape == (n, size, size) and d < 2e-5, d
         assert abs(mine.std() / theirs.std() - 1) < .1
         return f"to {d:.0e} on the same gradients"
-    ours, what = lambda: simplex_noise(n, size, generator=g), f"simplex noise, {n} fresh fields {size}x{size}, 6 octaves"
+    ours, what = lambda: simplex_noise(n, size, generator=g), f"simplex noise, {n} fresh fields {size}x{size} (ours: on one lattice, shifted at each call), 6 octaves"
     yield Row(what, f"opensimplex with numba, {n} seeds, {n} x 6 calls", ours, lambda: peers.opensimplex_fields(peers.opensimplex_tables(n, next(seeds)), size), same, 3)
     yield Row(what, f"the same {n} fields again and again (no seeds counted)", ours, lambda: peers.opensimplex_fields(tables, size), same)
 
@@ -156,7 +156,7 @@ def subject(n=8):
         phantom.common_folds.cache_clear()
         worst, d = max(abs(a[k] - b[k]) / max(abs(b[k]), .05) for k in a), float(np.abs(x - y).mean())
         assert worst < .15 and d < 1e-3, (worst, d)                                     # scanners are drawn from other streams since, so that a few subjects differ by chance
-        return f"tissues of the same draws to {d:.0e} at the mean; quantiles, power and SSIM of {n} subjects to {worst:.0%}"
+        return f"tissues to {d:.0e} at the mean where the same coefficients are drawn; quantiles, power and SSIM of {n} subjects to {worst:.0%}"
     yield Row("virtual healthy subject, T1w and T2w", f"first version in this repo ({peers.FIRST_PHANTOM})", lambda: phantom.healthy(1), lambda: first.healthy(1), same, 2)
 
 

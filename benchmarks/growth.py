@@ -126,14 +126,15 @@ def written(f: dict) -> str:
     if "devices" in t: parts += ["## Devices", table(["processes, one thread each (two cores)", "training step of 16 slices, s", "speed-up", "MB, all processes", "beside the steps, s", "files"],
         [[n, sec(p["step"]["seconds"]), f"{t['devices'][1]['step']['seconds'] / p['step']['seconds']:.2f}", f"{p['step']['mb']:.0f}", sec(p["start"]), p["files"]] for n, p in t["devices"].items()])]
     if "subjects" in t and "slices" in t: parts += plan(t)
-    stamps = "; ".join(f"{k}: {v['when']}" for k, v in f.items())
+    stamps = "; ".join(f"{k}: {v['when']}" for k, v in f.items()) + "".join(f". {v['note']}" for v in list(f.values())[:1] if v.get("note"))
     return "\n\n".join(["# How cost grows", f"`python benchmarks/growth.py`, each line in a process of its own, one thread. MB: what the memory of the process (and its children) grew by at its peak (pages of mapped files do not count: the system may drop them). {stamps}.", *parts]) + "\n"
 
 def plan(t: dict, n: int = 100_000) -> list:
     "What a biobank would cost, stage by stage: measured rates of one core, times `n`."
     many, points = max(t["subjects"]), t["subjects"]
     disk, pack, judge = (points[many][k] / many if k == "bytes" else points[many][k]["seconds"] / many for k in ("bytes", "pack", "judge"))
-    all_scores, restore = points[ALL_SCORES]["judge_all"]["seconds"] / ALL_SCORES, 50 * t["slices"][max(t["slices"])]["restore"]["seconds"] / max(t["slices"])
+    all_scores, restore = points[ALL_SCORES]["judge_all"]["seconds"] / ALL_SCORES, t["slices"][50]["restore"]["seconds"]
+    held = n * (points[many]["judge"]["mb"] - points[ALL_SCORES]["judge"]["mb"]) / (many - ALL_SCORES) / 1000
     flop, rate = 149e9, .35 * 788e12                                                    # the paper's U-Net, a slice forward; what issue and bench-gpu ask of an H200
     hours = lambda s: f"{s / 3600:,.0f}" if s > 36000 else f"{s / 3600:.1f}"
     rows = [["prepare", hours(9.5 * n), "of a core: 9.5 s a scan of 1 mm (benchmarks/prepare.md); scans are independent, any number of workers"],
@@ -142,12 +143,12 @@ def plan(t: dict, n: int = 100_000) -> list:
             ["restore, the demo's DDPM", hours(n * restore), f"of a core: {restore:.1f} s for 50 slices"],
             ["restore, the paper's DDPM", hours(n * 50 * flop / rate), "of a GPU, computed, at the same rate"],
             ["judge, one score", hours(n * judge), f"of a core: {judge:.2f} s a patient"],
-            ["judge, all scores", hours(n * all_scores), f"of a core: {all_scores:.2f} s a patient"]]
+            ["judge, all scores", hours(n * all_scores), f"of a core: {all_scores:.2f} s a patient (measured with {ALL_SCORES}; one score cost {points[many]['judge']['seconds'] / many / (points[ALL_SCORES]['judge']['seconds'] / ALL_SCORES):.1f} times as much a patient with {many:,} as with {ALL_SCORES})"]]
     return [f"## On paper: {n:,} scans of one contrast", table(["stage", "hours", "of what"], rows),
             f"""Rates are those of the tables above (one core, {many:,} subjects), where nothing else is said. What would break first, in this order:
 
 1. **One process packs one file of each kind.** {gb(n * 4 * 96 * 96 * 50)} GB of images in a single `.npy`: it is mapped, so that memory stays flat, but one changed subject means packing all again. Shards of some thousand volumes, each with its hash, would mend it.
-2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
+2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory: at the growth above, some {held:,.0f} GB. The streaming judge's counts add up, so volumes could be shared among processes; no engine does that yet.
 3. **The table of cases is one data frame**, a row for each case, score and rule: at 13 scores and 7 rules {n * 91 / 1e6:.1f} million rows, from which the bootstrap over patients draws.
 4. **The page of a data set** holds a picture of each subject: no browser opens {n:,} of them.
 

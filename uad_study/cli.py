@@ -382,10 +382,11 @@ def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results wh
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="The folder of a finished training, such as runs/demo/train-T2w-ddpm-f0-...")],
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The folder to write (default: weights/MODEL-CONTRAST).")] = None,
-           name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "", device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"):
+           name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "", device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto", verbose: Verbose = False):
     "Weights for another machine: half precision, a model card, thresholds set on healthy scans; a MONAI Bundle that `uad score --weights` takes as well."
     from uad_study.runs import pick_device
     from uad_study.weights import export_weights, training_of
+    setup_logging(verbose)
     training, facts = training_of(run)
     out = out or Path("weights")/(name or f"{facts['parameters']['model_config'].get('name', 'ddpm')}-{facts['parameters']['contrast']}")
     say = lambda done, n, what: print(f"\r{what} of {n}", end="" if done < n else "\n", file=sys.stderr, flush=True)

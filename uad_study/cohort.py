@@ -183,7 +183,7 @@ def build_virtual(config: DataConfig, folder, pmap=map, tick=None):
     subjects = virtual_subjects(config)
     n = int(sum(len(config.contrasts) if p == "healthy" else 1 for p in subjects.pathology))
     made = pmap(partial(virtual_items, contrasts=tuple(config.contrasts), denoise=config.denoise), subjects.to_dict("records"))
-    write_cohort(folder, (item for items in made for item in items), n, {"source": "virtual"}, tick)
+    write_cohort(folder, (item for items in made for item in items), n, {"source": "virtual"} | ({"prepare": {"denoise": True}} if config.denoise else {}), tick)
 
 # %% ../nbs/13_cohort.ipynb #f87bf2a9
 def prepared_cohorts(data_dir) -> list[Path]:
@@ -221,13 +221,13 @@ def build_real_t1(config: DataConfig, folder, data_dir, prepare: dict | None = N
     """Prepare the real T1w scans of `data_dir` (which holds manifest.csv) and pack them in `folder`. `prepare`: settings of `PrepareConfig`.
 
     Raises `UadError` when the folder lacks what the study needs."""
-    from uad_study.prepare import PrepareConfig, iter_real_t1
-    items, seen = [], 0
-    for d in iter_real_t1(data_dir, from_dict(PrepareConfig, prepare or {}, "prepare"), seed=config.seed, alphas=config.alphas, pmap=pmap):
+    from uad_study.prepare import PrepareConfig, iter_real_t1, settings_of
+    items, seen, settings = [], 0, from_dict(PrepareConfig, prepare or {}, "prepare")
+    for d in iter_real_t1(data_dir, settings, seed=config.seed, alphas=config.alphas, pmap=pmap):
         seen += 1
         if tick: tick(seen, max(seen + 1, 2), "preparing" if isinstance(d, UadError) else d["subject_id"])
         items.append(UadError(str(d).replace(f"{Path(data_dir)}/", "")) if isinstance(d, UadError) else Item({k: d[k] for k in COLUMNS} | d["meta"], d["image"], d["brain_mask"], d["lesion_mask"], d["twin"]))
-    write_cohort(folder, items, sum(isinstance(i, Item) for i in items), {"source": "real_t1"})
+    write_cohort(folder, items, sum(isinstance(i, Item) for i in items), {"source": "real_t1", "prepare": settings_of(settings)})
 
 def build_cohort(config: DataConfig, folder, data_dir=None, prepare: dict | None = None, pmap=map, tick=None):
     "Build the cohort that `config.source` names in `folder`. `prepare`: settings of `PrepareConfig`, where the source prepares scans."

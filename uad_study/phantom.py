@@ -18,7 +18,7 @@ from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML
 # %% ../nbs/11_phantom.ipynb #6b3e51b9
 PATHOLOGIES = {"tumour": "T2w", "ms": "T2w", "stroke": "T1w", "wmh": "T1w"}
 "The pathologies and the contrast on which each is judged (those of the paper's data sets)."
-PHANTOM_VERSION = 4
+PHANTOM_VERSION = 5
 "Raised when a change alters the virtual subjects: part of a run's key."
 
 def signed_distance(mask) -> np.ndarray:
@@ -59,14 +59,16 @@ def atlas() -> dict:
 @functools.cache
 def _frequency2():
     "Squared spatial frequency (cycles per mm, squared) of each Fourier coefficient of the grid."
-    f = [np.fft.fftfreq(n, SPACING).astype(np.float32) for n in GRID_SHAPE]
+    f = [np.fft.fftfreq(n, SPACING) for n in GRID_SHAPE]
     return f[0][:, None, None]**2 + f[1][None, :, None]**2 + f[2][None, None]**2
 
 def _spectrum(power):
-    "Of the Fourier coefficients with this `power` the strongest, which hold all but 1e-5 of it: flat indices and amplitudes. The others are not drawn."
-    flat = power.ravel()
-    order = np.argsort(-flat)
-    at = np.sort(order[:1 + np.searchsorted(np.cumsum(flat[order], dtype=np.float64), (1 - 1e-5) * flat.sum(dtype=np.float64))])
+    "Of the Fourier coefficients with this `power` the strongest, which hold all but 1e-5 of it: flat indices and amplitudes. The others are not drawn. Equally strong ones are in or out together, whatever the last bits of a processor."
+    flat = power.ravel().astype(np.float64)
+    strength = np.log(np.maximum(flat, 1e-300)).round(4)
+    order = np.argsort(-strength, kind="stable")
+    weakest = strength[order[np.searchsorted(np.cumsum(flat[order]), (1 - 1e-5) * flat.sum())]]
+    at = np.flatnonzero(strength >= weakest)
     return at, np.sqrt(flat[at]).astype(np.float32)
 
 @functools.cache

@@ -6,7 +6,8 @@
 __all__ = ['FORMAT', 'PrepareConfig', 'load_template', 'field_of_view', 'Atlas', 'load_atlas', 'config_atlas', 'register',
            'fine_affine', 'halve', 'sample', 'largest_component', 'own_field_of_view', 'brain_method', 'find_brain',
            'bias_field', 'curvature_flow', 'Prepared', 'scale', 'lesion_on_grid', 'prepare_scan', 'to_native',
-           'save_transform', 'load_transform', 'prepare_row', 'semisynthetic', 'choose_shapes', 'iter_real_t1']
+           'settings_of', 'save_transform', 'load_transform', 'prepare_row', 'semisynthetic', 'choose_shapes',
+           'iter_real_t1']
 
 # %% ../nbs/12_prepare.ipynb #267b98f1
 import importlib.util, os, shutil, subprocess, tempfile, time
@@ -14,7 +15,7 @@ import numpy as np
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from .core import UadError, choice, log, read_json, write_json
+from .core import UadError, choice, file_sha256, log, read_json, write_json
 from .manifest import real_t1_subjects, verify
 from .phantom import MEANS, blend_lesion
 from .volume import GRID_AFFINE, GRID_SHAPE, SPACING, VOXEL_ML, Volume, load_labels, load_mask, load_volume, same_grid, save_volume
@@ -453,6 +454,13 @@ def to_native(array, prepared, like: Volume | None = None, order: int = 1) -> np
     affine, shape = (fine["scan_affine"], fine["scan_shape"]) if like is None else (like.affine, like.data.shape)
     out = _resample(array, np.array(fine["grid_affine"]), np.linalg.inv(fine["to_atlas"]), np.array(affine), shape, order)
     return out >= .4 if np.asarray(array).dtype == bool else out
+
+def settings_of(config: PrepareConfig) -> dict:
+    "The settings of a preparation as plain values; an atlas file is named by its name and hash, not by its place."
+    plain = asdict(config)
+    for k in ("atlas", "atlas_mask"):
+        if plain.get(k) and Path(plain[k]).is_file(): plain[k] = f"{Path(plain[k]).name} sha256:{file_sha256(plain[k])[:16]}"
+    return plain
 
 def save_transform(path, prepared: Prepared):
     "Write what `to_native` needs to the JSON file `path`: plain numbers, and the settings they came from."

@@ -354,6 +354,7 @@ def _git() -> dict:
 def pick_device(device: str = "auto") -> str:
     "A torch device: 'auto' takes a GPU where there is one. Raises `UadError` when the named one is not there."
     import torch
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device): raise UadError(f"engine.device: {device!r} is unknown: use auto, cpu, cuda or cuda:N")
     if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda:") and torch.cuda.is_available() and int(device[5:]) >= torch.cuda.device_count(): raise UadError(f"engine.device: {device!r} is not there: torch sees {torch.cuda.device_count()}, numbered from 0")
     if device.startswith("cuda") and not torch.cuda.is_available(): raise UadError(f"engine.device: {device!r} is not there: no GPU is visible to torch {torch.__version__}: use cpu")

@@ -142,6 +142,7 @@ def label_of(path, contrast: str) -> str:
     "What a scan's outputs are called: its BIDS entities ('sub-01_ses-2'), or the letters and digits of another file's name as a subject, and the contrast. Raises `UadError` when nothing is left."
     stem = re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
     bids = re.fullmatch(r"(sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9]+)*)_[A-Za-z0-9]+", stem)
+    if not re.search("[A-Za-z0-9]", stem): raise UadError(f"{path}: has no letter or digit in its name to call its outputs by: rename it")
     return f"{bids[1] if bids else f'sub-{bids_label(stem)}'}_{contrast}"
 
 def output_names(label: str, contrast: str, score: str, space: str) -> dict:
@@ -159,23 +160,26 @@ def summary_of(result: ScanResult, native: dict | None = None, most: int = 20) -
     "What `summary.json` says (without its key and files): plain values, no place of this machine. `native`: `result.native()`, if it is at hand."
     s, voxel = result.scan, abs(np.linalg.det(result.scan.affine[:3, :3])) / 1000
     native, meta = native or result.native(), result.prepared.meta
-    return dict(research_only=RESEARCH_ONLY, scan=dict(file=Path(s.path).name, shape=list(s.data.shape), spacing_mm=np.linalg.norm(s.affine[:3, :3], axis=0).round(3).tolist(), axes=s.axes, state=result.state),
+    return dict(research_only=RESEARCH_ONLY, scan=dict(file=Path(s.path).name, sha256=_sha(s.path), shape=list(s.data.shape), spacing_mm=np.linalg.norm(s.affine[:3, :3], axis=0).round(3).tolist(), axes=s.axes, state=result.state),
                 weights=result.weights.name, weights_sha256=str(result.weights.card.get("tensors_sha256", "")), trained_on=trained_on(result.weights), contrast=result.weights.contrast, score=result.score, threshold=result.threshold, threshold_from=result.threshold_from,
                 volume_ml=round(result.volume_ml, 3), mask_ml=round(float(native["mask"].sum() * voxel), 3), atlas_ml=round(float(result.found.sum() * VOXEL_ML), 3), n_components=len(result.parts),
                 components=[{k: round(v, 4) if isinstance(v, float) else v for k, v in p.items()} for p in result.parts[:most]], verdict=result.distance["verdict"], distance=result.distance, notes=result.notes,
                 preparation={k: round(v, 4) if isinstance(v, float) else v for k, v in meta.items() if not k.startswith("seconds")}, seconds=result.seconds, seconds_of_preparation={k[8:]: round(v, 2) for k, v in meta.items() if k.startswith("seconds")}, uad_study=__version__)
 
 # %% ../nbs/54_scan.ipynb #51c6143f
-def _not_ours(folder: Path):
-    "Refuse to replace a folder that holds something else than a scored scan."
+def _sha(path) -> str: return file_sha256(path) if path and Path(path).is_file() else ""
+
+def _not_ours(folder: Path, sha: str):
+    "Refuse to replace a folder that holds something else than what was found in the scan with this SHA-256 ('' where there is no file)."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return
-    try: read_json(folder/"summary.json", SUMMARY)
+    try: kept = read_json(folder/"summary.json", SUMMARY)
     except UadError: raise UadError(f"{folder}: is there and holds no scored scan, so it is not replaced: choose another --out, or rename it") from None
+    if kept.get("scan", {}).get("sha256", "") != sha: raise UadError(f"{folder}: holds another scan of this name ({kept.get('scan', {}).get('file')}): choose another --out, or rename one")
 
 def write_scan(result: ScanResult, folder, key: str = "") -> dict:
     "Write all of a scored scan to `folder`, whose name is its label (see `label_of`), whole or not at all; one that holds something else is refused. Returns the summary."
     folder, clock, g = Path(folder), time.perf_counter(), np.float16
-    _not_ours(folder)
+    _not_ours(folder, _sha(result.scan.path))
     native, p = result.native(), result.prepared
     names = output_names(folder.name, result.weights.contrast, result.score, space_of(result.weights.prepare))
     with atomic_dir(folder) as tmp:
@@ -287,7 +291,7 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
             f" Mask file: {s['mask_ml']:.2f} mL in the scan’s voxels; {s['atlas_ml']:.2f} mL in the atlas.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
 
 # %% ../nbs/54_scan.ipynb #867601d9
-_LEFT_OUT = {"mask", "dseg", "seg", "probseg", "statmap", "gold", "lesion", "flair", "pdw", "pd", "bold", "dwi"}
+_LEFT_OUT = {"mask", "dseg", "seg", "probseg", "statmap", "gold", "lesion", "flair", "t2f", "t1c", "t1ce", "t1gd", "t2star", "t2starw", "t1map", "t2map", "swi", "pdw", "pd", "bold", "dwi"}
 
 def find_scans(places, contrast: str) -> list[Path]:
     "The scans that `places` name: files as they are, and of folders every .nii and .nii.gz directly in them but masks and other contrasts by the ends of their names. Raises `UadError` where nothing is."
@@ -295,7 +299,7 @@ def find_scans(places, contrast: str) -> list[Path]:
     for p in map(Path, places):
         if not p.is_dir(): files.append(p); continue
         inside = sorted(f for f in p.iterdir() if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith("."))
-        ends = _LEFT_OUT | {"T1w": {"t2w", "t2"}, "T2w": {"t1w", "t1", "t1ce"}}[contrast]
+        ends = _LEFT_OUT | {"T1w": {"t2w", "t2"}, "T2w": {"t1w", "t1", "t1n"}}[contrast]
         found = [f for f in inside if re.split(r"[_-]", f.name.split(".nii")[0])[-1].lower() not in ends]
         for f in sorted(set(inside) - set(found)): log.info("%s: left out: by its name a mask, or another contrast", f)
         if not found: raise UadError(f"{p}: holds no scan: .nii and .nii.gz files directly in it are taken, but masks and other contrasts than {contrast} by their names")
@@ -340,7 +344,7 @@ def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str 
     s = kept_summary(Path(out)/label, key)
     how = "kept" if s else "scored"
     if not s:
-        _not_ours(Path(out)/label)
+        _not_ours(Path(out)/label, _sha(path))
         result = score_scan(path, weights, mask, state=state, score=score, threshold=threshold, device=device)
         with _one_line(str(path)): s = write_scan(result, Path(out)/label, key)
     largest = s["components"][0] if s["components"] else {}
@@ -348,20 +352,35 @@ def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str 
                 seconds=round(time.perf_counter() - clock, 1), contrast=s["contrast"], weights=s["weights"], score=s["score"], threshold=s["threshold"], error="")
 
 # %% ../nbs/54_scan.ipynb #007ec6da
+def _label(path, contrast: str) -> str:
+    "`label_of`, or '' for a file that has none (and fails when it is scored)."
+    try: return label_of(path, contrast)
+    except UadError: return ""
+
+def _listed(file) -> pd.DataFrame:
+    "The table of scans scored before into the same folder; empty without. Raises `UadError` for a file that is no such table."
+    if not Path(file).exists(): return pd.DataFrame()
+    try: t = pd.read_csv(file, dtype=dict(label=str), keep_default_na=False)
+    except (OSError, ValueError): t = pd.DataFrame()
+    if not {"scan", "label", "how", "weights"} <= set(t.columns): raise UadError(f"{file}: is there and is no table of scored scans: choose another --out, or rename it")
+    return t[t.label != ""]
+
 def score_files(files, weights: Weights, out, brain_mask: str = "", tick=None, **how) -> pd.DataFrame:
-    """Score many files into `out` and list them in `out`/scores.csv: the table, with `error` in the rows of those that failed. `tick(row)` hears of each; `how`: as for `score_file`.
+    """Score many files into `out` and list them in `out`/scores.csv (beside those scored there before): the table, with `error` in the rows of those that failed. `tick(row)` hears of each; `how`: as for `score_file`.
     Raises `UadError` when two would have the same outputs, or one brain mask is given for many."""
     files, out, rows = [Path(f) for f in files], Path(out), []
     choose_threshold(weights, how.get("score", "ssim_ens"), how.get("threshold"))
     if brain_mask and len(files) > 1 and "{name}" not in brain_mask: raise UadError(f"--brain-mask: is one file, but there are {len(files)} scans: give a pattern with {{name}}, such as 'masks/{{name}}_mask.nii.gz'")
-    labels = [label_of(f, weights.contrast) for f in files]
+    labels, before = [_label(f, weights.contrast) for f in files], _listed(out/"scores.csv")
     for i, l in enumerate(labels):
-        if l.lower() in [k.lower() for k in labels[:i]]: raise UadError(f"{files[i]} and {files[labels.index(next(k for k in labels if k.lower() == l.lower()))]} would both be written as {l}: rename one, or use another --out for it")
+        if l and l.lower() in [k.lower() for k in labels[:i]]: raise UadError(f"{files[i]} and {files[labels.index(next(k for k in labels if k.lower() == l.lower()))]} would both be written as {l}: rename one, or use another --out for it")
     for f, label in zip(files, labels):
         try: row = score_file(f, weights, out, brain_mask, **how)
         except UadError as e: row = dict(scan=f.name, label=label, how="failed", contrast=weights.contrast, weights=weights.name, error=str(e))
         rows.append(row)
         if tick: tick(row)
     table = pd.DataFrame(rows)
-    with atomic_file(out/"scores.csv") as tmp: table.assign(error=[placeless(e) for e in table.error]).to_csv(tmp, index=False)
+    kept = before[[(l not in set(table.label)) and (out/l/"summary.json").is_file() for l in before.label]] if len(before) else before
+    listed = table.assign(error=[placeless(e) for e in table.error])
+    with atomic_file(out/"scores.csv") as tmp: (pd.concat([kept, listed]) if len(kept) else listed).to_csv(tmp, index=False)
     return table

@@ -97,6 +97,7 @@ def _ssims(x, x_hat, sigmas, data_range=None, mask=None, dims=3):
             yield torch.where(same, 1., 2 * a * b / (a * a + b * b))
         return
     c1, c2 = 2 * (0.01 * L)**2, 2 * (0.03 * L)**2                                  # doubled, as all the terms below
+    if not 1e-6 < L < 1e6 or max(float(x.abs().max()), float(x_hat.abs().max())) > 100 * L: x, x_hat = x.double(), x_hat.double()
     a, b = x + x_hat, x - x_hat
     inside = a if mask is None else a[mask]
     middle = float(inside.min() + inside.max()) / 2 if inside.numel() else 0.            # taken away: variances are then differences of small numbers

@@ -12,7 +12,7 @@ import numpy as np
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from .core import UadError, atomic_dir, choice, file_sha256, from_dict, read_json, write_json
+from .core import UadError, atomic_dir, choice, digest, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
 from .models import ModelConfig, RestoreConfig, build_model, model_config, parameter_count
@@ -75,6 +75,10 @@ def _evaluation(run: Path) -> tuple[Path | None, dict]:
         if (r.get("stage"), r.get("version")) == ("evaluate", STAGES["evaluate"]) and (d := r["parameters"].get("train_dir")) and (p.parent/d).resolve() == run.resolve(): found.append((p.parent, r["parameters"]))
     return min(found, key=lambda f: (f[1].get("restore_config") or default) != default, default=(None, {}))
 
+def _asked(judged: dict) -> str:
+    "What an evaluation's settings of scoring and restoring come to, for comparison."
+    return digest(judged.get("score_config") or {}, judged.get("restore_config") or {})
+
 def _measured(evaluation: Path | None) -> list[dict]:
     "What an evaluation found: a row for each pathology and score; [] without one."
     if evaluation is None: return []
@@ -113,7 +117,8 @@ NOT_FOR = "Diagnosis, treatment or triage of anybody; scans of children; other c
 def _card_text(c: dict) -> str:
     "The card as Markdown."
     t, d = c["training"], c["data"]
-    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f} [{100 * (r['dice_lo'] or 0):.1f}, {100 * (r['dice_hi'] or 0):.1f}] | {r['n_test']} |" for r in c["results"] if r["dice"] is not None and r["score"] in ("l1", "ssim_ens", "intensity"))
+    said = lambda r: f" [{100 * r['dice_lo']:.1f}, {100 * r['dice_hi']:.1f}]" if None not in (r["dice_lo"], r["dice_hi"]) else ""
+    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and r["score"] in ("l1", "ssim_ens", "intensity"))
     return f"""# {c['name']}
 
 {RESEARCH_ONLY}
@@ -123,7 +128,7 @@ def _card_text(c: dict) -> str:
 - Made by: uad_study {c['version']}, commit {c['provenance'].get('commit') or 'unknown'}.
 - Thresholds: {100 * c['scores']['healthy_share']:g} % of {c['healthy']['n']} healthy validation scans carry at most {c['scores']['healthy_ml']:g} mL above them; no lesion was seen.
 - Not for: {NOT_FOR}
-""" + (f"\nDice (%) at the threshold of unhealthy validation scans of the same cohort, 95 % interval over patients:\n\n| pathology | score | Dice | n |\n|---|---|---|---|\n{rows}\n" if rows else "")
+""" + (f"\nDice (%) on test scans of the same cohort, 95 % interval over patients; threshold from validation scans of the pathology (val), of another (val:...) or of healthy ones:\n\n| pathology | score | Dice | n | threshold from |\n|---|---|---|---|---|\n{rows}\n" if rows else "")
 
 def _bundle(c: dict) -> tuple[dict, dict]:
     "metadata.json and inference.json of a MONAI Bundle. Source: MONAI Bundle specification."
@@ -151,6 +156,7 @@ def export_weights(run, folder, name: str = "", device="cpu", seed: int = 0, tic
     evaluation, judged = _evaluation(run)
     scores, restore = from_dict(ScoreConfig, judged.get("score_config") or {}, f"{run.name}: score_config"), judged.get("restore_config")
     model, info = load_model(run/"best.pt", device, restore=from_dict(RestoreConfig, restore, f"{run.name}: restore_config") if restore else None)
+    if cohort.info.get("source") != "virtual" and not cohort.info.get("prepare"): raise UadError(f"{cohort.folder}: does not say how its scans were prepared (it is of an older version): run the study again")
     rows = [int(r) for r in cohort.select("val", asked["fold"], contrast=asked["contrast"], pathology="healthy")]
     if not rows: raise UadError(f"{cohort.folder}: holds no healthy {asked['contrast']} validation scans: the threshold needs them")
     done, train = result["results"], asked["train_config"]
@@ -159,7 +165,7 @@ def export_weights(run, folder, name: str = "", device="cpu", seed: int = 0, tic
         thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", seed, tick)
         save_file({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in model.state_dict().items()}, str(tmp/"models"/TENSORS))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=asdict(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts(), tensors_sha256=file_sha256(tmp/"models"/TENSORS), version=_version(), provenance=provenance(), not_for=NOT_FOR,
+                    scores=asdict(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts(), tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=_version(), provenance=provenance(), not_for=NOT_FOR,
                     training=dict(subjects=len(set(cohort.table.subject_id.iloc[cohort.select("train", asked["fold"], contrast=asked["contrast"], pathology="healthy")])), steps=done["steps"], best_step=info["step"],
                                   best_val_loss=done["best_val_loss"], seconds=round(done["train_seconds"], 1), batch_size=train.get("batch_size", 32), settings=train, commit=result["provenance"].get("commit")),
                     thresholds=thresholds, healthy=healthy, results=_measured(evaluation), research_only=RESEARCH_ONLY)
@@ -184,9 +190,10 @@ def _place(name, contrast) -> Path:
     if (Path(name)/"run.json").is_file():
         run, _ = training_of(name)
         kept, sha = run/"weights", file_sha256(run/"best.pt")
-        if not (kept/"models"/CARD).is_file() or (kept/"of.txt").read_text() != sha:
-            export_weights(run, kept)
-            (kept/"of.txt").write_text(sha)
+        try: card = read_json(kept/"models"/CARD, FORMAT)
+        except UadError: card = {}
+        evaluation, judged = _evaluation(run)
+        if (card.get("checkpoint_sha256"), card.get("version"), card.get("judged")) != (sha, _version(), _asked(judged)): export_weights(run, kept)
         return kept
     known = packaged_weights()
     if str(name) not in known and f"{name}-{contrast}" in known: name = f"{name}-{contrast}"
@@ -205,15 +212,17 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
         config, scores, prepare = model_config(card["model"], f"{folder/CARD}: model"), from_dict(ScoreConfig, card["scores"], f"{folder/CARD}: scores"), from_dict(PrepareConfig, card["prepare"], f"{folder/CARD}: prepare")
         restore = from_dict(RestoreConfig, card["restore"], f"{folder/CARD}: restore") if card["restore"] else None
         thresholds, found = {str(k): float(v) for k, v in card["thresholds"].items()}, str(card["contrast"])
+        name, sha, healthy = str(card["name"]), str(card["tensors_sha256"]), card["healthy"]
         choice(found, ("T1w", "T2w"), f"{folder/CARD}: contrast")
-        if not all(map(np.isfinite, thresholds.values())) or set(thresholds) != set(scores.names_for(found)) or not {"n", "error", "histogram", "apart"} <= set(card["healthy"]): raise ValueError
+        if not all(map(np.isfinite, thresholds.values())) or set(thresholds) != set(scores.names_for(found)) or len(healthy["histogram"]) != BINS or not healthy["error"] or not healthy["apart"] or not np.isfinite([*healthy["histogram"], *healthy["error"], *healthy["apart"]]).all(): raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError): raise UadError(f"{folder/CARD}: is incomplete or damaged: export the weights again") from None
-    if contrast and contrast != found: raise UadError(f"weights: {card['name']} are of {found} scans, not {contrast}: choose others, or another --contrast")
-    if not (folder/TENSORS).is_file() or file_sha256(folder/TENSORS) != card["tensors_sha256"]: raise UadError(f"{folder/TENSORS}: is missing, or not what its card says: export the weights again")
+    if " sha256:" in prepare.atlas: raise UadError(f"weights: {name} are of scans on the atlas {prepare.atlas.split()[0]}, which is not part of them: `uad score` knows MNI152 only")
+    if contrast and contrast != found: raise UadError(f"weights: {name} are of {found} scans, not {contrast}: choose others, or another --contrast")
+    if not (folder/TENSORS).is_file() or file_sha256(folder/TENSORS) != sha: raise UadError(f"{folder/TENSORS}: is missing, or not what its card says: export the weights again")
     model = build_model(config, restore=restore)
     try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(folder/TENSORS)).items()})
     except Exception as e: raise UadError(f"{folder/TENSORS}: do not fit the card's model ({type(e).__name__}): export the weights again") from None
-    return Weights(str(card["name"]), found, model.to(device).eval(), scores, prepare, thresholds, card)
+    return Weights(name, found, model.to(device).eval(), scores, prepare, thresholds, card)
 
 # %% ../nbs/53_weights.ipynb #a67bb674
 def distance(weights: Weights, image, x_hat, brain_mask) -> dict:
