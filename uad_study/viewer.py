@@ -7,7 +7,7 @@ __all__ = ['PLANES', 'FOUND', 'FALSE', 'MISSED', 'PANELS', 'ViewState', 'rule_la
            'Inspector', 'find_results', 'inspect']
 
 # %% ../nbs/50_viewer.ipynb #bf987ab2
-import anywidget, asyncio, base64, io, traitlets
+import anywidget, asyncio, base64, io, time, traitlets
 import numpy as np
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -462,6 +462,7 @@ class _Controls:
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
         step = 10. ** (int(np.floor(np.log10(top))) - 3)
         self._given = s.threshold if s.rule == "free" or threshold != threshold else round(threshold / step) * step             # on the slider's grid: the browser would move it there, and say so
+        self._recent = [*((g, t) for g, t in getattr(self, "_recent", ()) if time.monotonic() - t < 3), (self._given, time.monotonic())]
         values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=self._given, post=s.post)
         self._quiet = True
         try:
@@ -489,7 +490,12 @@ class _Moves(_Controls):
         elif k == "slice": self._go(replace(s, **{PLANES[s.plane]: value}))
         elif k == "sigma": self._go(replace(s, sigma=round(value, 3), score="ssim"))
         elif k == "threshold":
-            if abs(value - self._given) > .1 * self.threshold.step: self._go(replace(s, threshold=value, rule="free"))             # less is an echo
+            far = lambda g: abs(value - g) > .1 * self.threshold.step                                   # less is an echo: of this limit, or, from a browser that is slow, of one before it
+            if not far(self._given): return
+            if all(far(g) for g, given in self._recent if time.monotonic() - given < 3):
+                self._recent = []
+                self._go(replace(s, threshold=value, rule="free"))
+            else: self._fill()
         elif k == "rule": self._go(replace(s, rule=value, threshold=t if value == "free" and (t := v.threshold(s)) == t else s.threshold))
         else: self._go(replace(s, **{k: value}))
 
