@@ -72,6 +72,11 @@ def chromium_on(lab):
 def wait_for_inspector(page):
     "Wait until pictures, numbers and both charts are there."
     page.wait_for_function(f"() => {{ const s = ({SEEN})(); return s.length === 4 && new Set(s).size === 4 && {NUMBERS}.includes('Dice') && document.querySelectorAll('.uad-inspector [class^=legend][class$=text]').length >= 5 }}", timeout=90_000)
+    seen = None
+    for _ in range(60):                                                                                                 # and until the charts have found their width: a slow browser lays them out twice
+        now = page.evaluate("() => [...document.querySelectorAll('.uad-inspector .main-svg, .uad-inspector .js-line')].map(e => e.getAttribute('d') || e.getBoundingClientRect().width).join()")
+        if now == seen: return
+        seen = now; page.wait_for_timeout(500)
 
 
 @pytest.fixture(scope="module")
