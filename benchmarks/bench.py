@@ -200,7 +200,7 @@ ROWS = dict(ssim=ssim, simplex=simplex, median=median, threshold=threshold, whol
 
 PROFILED, BEFORE = ("ssim", "simplex", "subject", "training"), {
     "ssim": "float64 matrix products were 70 % (0.26 s in all)", "simplex": "every field had an offset of its own: four gathers and some thirty passes over each octave of each field (0.044 s)",
-    "subject": "drawing Fourier coefficients that the filter then set to nothing was 38 % (0.21 s)", "training": "convolutions were 76 %, as now; other layouts of memory changed it by 5 %"}
+    "subject": "drawing Fourier coefficients that the filter then set to nothing was a third (0.21 s)", "training": "convolutions were three quarters and more, as now"}
 "The rows whose time is looked into, and what was found there before they were made faster (same machine, 2026-11)."
 
 def profile(row: Row) -> str:

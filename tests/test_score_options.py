@@ -182,6 +182,8 @@ def test_variances_of_float32_volumes():
     exact = naive(torch.float64)
     assert np.abs(naive(torch.float32) - exact).max() > 5e-5 and np.abs(ssim_map(x, y, .3) - exact).max() < 1e-5
     assert np.abs(ssim_map(x.astype(float), y.astype(float), .3) - exact).max() < 1e-7
+    far, far_y = x + np.float32(1e4), y + np.float32(1e4)                                                          # far from 0: float32 would err by 1e-3
+    np.testing.assert_allclose(ssim_map(far, far_y, .3), ssim_map(far.astype(float), far_y.astype(float), .3), atol=1e-5)
 
 def after(volumes, labels, t, least, connectivity=26):
     "Pooled Dice after removal of components."

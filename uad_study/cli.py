@@ -384,13 +384,15 @@ def export(run: Annotated[Path, typer.Argument(help="The folder of a finished tr
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The folder to write (default: weights/MODEL-CONTRAST).")] = None,
            name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "", device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto", verbose: Verbose = False):
     "Weights for another machine: half precision, a model card, thresholds set on healthy scans; a MONAI Bundle that `uad score --weights` takes as well."
+    from tqdm import tqdm
     from uad_study.runs import pick_device
     from uad_study.weights import export_weights, training_of
     setup_logging(verbose)
     training, facts = training_of(run)
     out = out or Path("weights")/(name or f"{facts['parameters']['model_config'].get('name', 'ddpm')}-{facts['parameters']['contrast']}")
-    say = lambda done, n, what: print(f"\r{what} of {n}", end="" if done < n else "\n", file=sys.stderr, flush=True)
-    card = export_weights(training, out, name, pick_device(device), tick=say if sys.stderr.isatty() else None)
+    with tqdm(unit="healthy scan") as bar:
+        def tick(done, n, what): bar.total = n; bar.update(done - bar.n)
+        card = export_weights(training, out, name, pick_device(device), tick)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(f"{out}: {card['name']}, {card['parameters']:,} parameters, {size / 1e6:.1f} MB; what they are and are not for: {out/'docs'/'README.md'}")
 

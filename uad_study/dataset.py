@@ -9,12 +9,12 @@ __all__ = ['PREPARED', 'PREPARE_VERSION', 'INPUTS', 'bids_label', 'derivative', 
 # %% ../nbs/14_dataset.ipynb #ec8be739
 import re
 import pandas as pd
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from .core import UadError, atomic_file, digest, file_sha256, log, os_error, read_json, remove_leftovers, write_json
 from .cohort import COLUMNS, Item, write_cohort
-from .prepare import brain_method, config_atlas, prepare_row, PrepareConfig, Prepared, save_transform, settings_of
+from .prepare import PrepareConfig, Prepared, brain_method, config_atlas, prepare_row, save_transform, settings_of
 from .volume import load_mask, load_volume, save_volume
 
 # %% ../nbs/14_dataset.ipynb #6fb0ea9a

@@ -87,7 +87,7 @@ def _range(a, b, data_range):
     return float(data_range)
 
 def _ssims(x, x_hat, sigmas, data_range=None, mask=None, dims=3):
-    "Yield the SSIM (H, W, D) of one pair of volumes at each sigma; 1 outside `mask`. The products of voxels are made once. In float64, or float32 where that is within 1e-4 of it: float32 volumes of about the data range."
+    "Yield the SSIM (H, W, D) of one pair of volumes at each sigma; 1 outside `mask`. The products of voxels are made once. In float64, or float32 where that is within 1e-4 of it: float32 volumes within about [-L, L]."
     L, outside = _range(x, x_hat, data_range), None if mask is None else ~mask
     if L == 0:
         a, b = x.double(), x_hat.double()
@@ -97,13 +97,13 @@ def _ssims(x, x_hat, sigmas, data_range=None, mask=None, dims=3):
             yield torch.where(same, 1., 2 * a * b / (a * a + b * b))
         return
     c1, c2 = 2 * (0.01 * L)**2, 2 * (0.03 * L)**2                                  # doubled, as all the terms below
-    if not 1e-6 < L < 1e6 or max(float(x.abs().max()), float(x_hat.abs().max())) > 100 * L: x, x_hat = x.double(), x_hat.double()
+    if mask is not None: x, x_hat = x.masked_fill(outside, 0), x_hat.masked_fill(outside, 0)
+    if not 1e-6 < L < 1e6 or max(float(x.abs().max()), float(x_hat.abs().max())) > 1.1 * L: x, x_hat = x.double(), x_hat.double()
     a, b = x + x_hat, x - x_hat
     inside = a if mask is None else a[mask]
     middle = float(inside.min() + inside.max()) / 2 if inside.numel() else 0.            # taken away: variances are then differences of small numbers
     a = a - middle
-    if mask is not None: a, b = a.masked_fill(outside, 0), b.masked_fill(outside, 0)
-    if max(float(a.abs().max()), float(b.abs().max())) > 2 * L: a, b = a.double(), b.double()
+    if mask is not None: a = a.masked_fill(outside, 0)
     moments = torch.stack([a, b, a * a, b * b] + ([] if mask is None else [mask.to(a)]))
     for s in sigmas:
         ma, mb, va, vb, *weight = _blur(moments, s, dims)

@@ -427,6 +427,7 @@ _SAYS = dict(contrast="MRI sequence, with the models trained on it", name="which
 
 class _Controls:
     "The widgets of an inspector, by the field of the state that they change."
+    _recent = ()                     # thresholds given to the slider in the last seconds, and when
     def _build(self):
         import ipywidgets as w
         self._quiet = False
@@ -462,7 +463,7 @@ class _Controls:
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
         step = 10. ** (int(np.floor(np.log10(top))) - 3)
         self._given = s.threshold if s.rule == "free" or threshold != threshold else round(threshold / step) * step             # on the slider's grid: the browser would move it there, and say so
-        self._recent = [*((g, t) for g, t in getattr(self, "_recent", ()) if time.monotonic() - t < 3), (self._given, time.monotonic())]
+        self._recent = [*((g, t) for g, t in self._recent if time.monotonic() - t < 3), (self._given, time.monotonic())]
         values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=self._given, post=s.post)
         self._quiet = True
         try:

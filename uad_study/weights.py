@@ -7,21 +7,22 @@ __all__ = ['FORMAT', 'CARD', 'TENSORS', 'BINS', 'RESEARCH_ONLY', 'NOT_FOR', 'Wei
            'export_weights', 'packaged_weights', 'load_weights', 'distance']
 
 # %% ../nbs/53_weights.ipynb #0af14c03
-import json, re
+import json
 import numpy as np
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from . import __version__
 from .core import UadError, atomic_dir, choice, digest, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
-from .models import ModelConfig, RestoreConfig, build_model, model_config, parameter_count
+from .models import RestoreConfig, build_model, model_config, parameter_count
 from .postprocess import erode_mask
 from .prepare import PrepareConfig
 from .reconstruct import reconstruct_volume
 from .results import Results
 from .runs import RESULT, RUN, STAGES, provenance
-from .train import load_model
+from .train import load_model, train_config
 
 # %% ../nbs/53_weights.ipynb #fbd1ce6b
 FORMAT, CARD, TENSORS = "uad-weights/1", "weights.json", "weights.safetensors"
@@ -46,8 +47,10 @@ def histogram(image, brain_mask) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 def _apart(a, b) -> float:
-    "How far apart two histograms are, in intensity (the distance of Wasserstein)."
-    return float(np.abs(np.cumsum(a) - np.cumsum(b)).sum() / BINS)
+    "How far apart two histograms are, in intensity: the distance of Wasserstein."
+    from scipy.stats import wasserstein_distance
+    middles = (np.arange(BINS) + .5) / BINS
+    return float(wasserstein_distance(middles, middles, a, b))
 
 def _error(image, x_hat, brain_mask, erode: int) -> float:
     "Median of |x - x_hat| in the eroded brain: a lesion of less than half the brain hardly moves it."
@@ -96,12 +99,12 @@ def _rounded(model):
             p.copy_(half)
     return model
 
-def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, seed: int, tick=None) -> tuple[dict, dict]:
+def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None) -> tuple[dict, dict]:
     "Thresholds by score, and the reference of `distance`, of healthy validation rows."
     kept, error, histograms, names = KeptMaps(cohort, folder, scores), [], [], scores.names_for(cohort.table.contrast.iloc[rows[0]])
     for i, r in enumerate(rows):
         x, mask = np.asarray(cohort.images[r]), np.asarray(cohort.brain_masks[r])
-        x_hat = reconstruct_volume(model, x, (seed, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device)
+        x_hat = reconstruct_volume(model, x, (0, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device)
         kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores).values())
         error.append(_error(x, x_hat, mask, scores.erode)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
@@ -111,7 +114,7 @@ def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, see
     others = [(n * mean - h) / (n - 1) if n > 1 else mean for h in histograms]                     # each is compared with the rest, as a new scan will be with all
     return thresholds, dict(n=n, error=[round(e, 5) for e in error], histogram=[round(float(h), 6) for h in mean], apart=[round(_apart(h, o), 5) for h, o in zip(histograms, others)])
 
-# %% ../nbs/53_weights.ipynb #d92792ec
+# %% ../nbs/53_weights.ipynb #a2a48e4c
 NOT_FOR = "Diagnosis, treatment or triage of anybody; scans of children; other contrasts than its own; brains after surgery; any claim about patients from figures of a virtual cohort."
 
 def _card_text(c: dict) -> str:
@@ -125,11 +128,12 @@ def _card_text(c: dict) -> str:
 
 - Model: {c['model']['name']}, {c['parameters']:,} parameters in half precision; {c['contrast']} slices of 96x96 pixels of 2 mm.
 - Trained on: {d['source']} cohort, {t['subjects']} healthy subjects; {t['steps']} steps of {t['batch_size']} slices, best at step {t['best_step']} (validation loss {t['best_val_loss']:.5f}), {t['seconds'] / 60:.0f} minutes.
-- Made by: uad_study {c['version']}, commit {c['provenance'].get('commit') or 'unknown'}.
+- Made by: uad_study {c['version']}; trained at commit {t['commit'] or 'unknown'}, exported at {c['provenance'].get('commit') or 'unknown'}.
 - Thresholds: {100 * c['scores']['healthy_share']:g} % of {c['healthy']['n']} healthy validation scans carry at most {c['scores']['healthy_ml']:g} mL above them; no lesion was seen.
 - Not for: {NOT_FOR}
 """ + (f"\nDice (%) on test scans of the same cohort, 95 % interval over patients; threshold from validation scans of the pathology (val), of another (val:...) or of healthy ones:\n\n| pathology | score | Dice | n | threshold from |\n|---|---|---|---|---|\n{rows}\n" if rows else "")
 
+# %% ../nbs/53_weights.ipynb #ac558cd4
 def _bundle(c: dict) -> tuple[dict, dict]:
     "metadata.json and inference.json of a MONAI Bundle. Source: MONAI Bundle specification."
     p = c["provenance"].get("packages", {})
@@ -143,7 +147,14 @@ def _bundle(c: dict) -> tuple[dict, dict]:
                   run=["$numpy.save(@restoration, reconstruct_volume(@network, numpy.load(@image), (0, 'bundle'), @device))"])
     return meta, config
 
-def export_weights(run, folder, name: str = "", device="cpu", seed: int = 0, tick=None) -> dict:
+# %% ../nbs/53_weights.ipynb #d92792ec
+def _trained(cohort: Cohort, asked: dict, result: dict, best_step: int) -> dict:
+    "What the card says of a training."
+    rows, done, settings = cohort.select("train", asked["fold"], contrast=asked["contrast"], pathology="healthy"), result["results"], asked["train_config"]
+    return dict(subjects=cohort.table.subject_id.iloc[rows].nunique(), steps=done["steps"], best_step=best_step, best_val_loss=done["best_val_loss"], seconds=round(done["train_seconds"], 1),
+                batch_size=train_config(model_config(asked["model_config"]).name, settings).batch_size, settings=settings, commit=result["provenance"].get("commit"))
+
+def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict:
     """Write the best weights of the training in `run` to `folder` and return their card.
 
     `name`: default MODEL-CONTRAST. Settings of scoring and restoring are those of an evaluation beside the training, where there is one; its figures go on the card. Raises `UadError` for what is no finished training, whose cohort
@@ -159,24 +170,17 @@ def export_weights(run, folder, name: str = "", device="cpu", seed: int = 0, tic
     if cohort.info.get("source") != "virtual" and not cohort.info.get("prepare"): raise UadError(f"{cohort.folder}: does not say how its scans were prepared (it is of an older version): run the study again")
     rows = [int(r) for r in cohort.select("val", asked["fold"], contrast=asked["contrast"], pathology="healthy")]
     if not rows: raise UadError(f"{cohort.folder}: holds no healthy {asked['contrast']} validation scans: the threshold needs them")
-    done, train = result["results"], asked["train_config"]
     with atomic_dir(folder) as tmp:
         for d in ("models", "configs", "docs"): (tmp/d).mkdir()
-        thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", seed, tick)
+        thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", tick)
         save_file({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in model.state_dict().items()}, str(tmp/"models"/TENSORS))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=asdict(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts(), tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=_version(), provenance=provenance(), not_for=NOT_FOR,
-                    training=dict(subjects=len(set(cohort.table.subject_id.iloc[cohort.select("train", asked["fold"], contrast=asked["contrast"], pathology="healthy")])), steps=done["steps"], best_step=info["step"],
-                                  best_val_loss=done["best_val_loss"], seconds=round(done["train_seconds"], 1), batch_size=train.get("batch_size", 32), settings=train, commit=result["provenance"].get("commit")),
-                    thresholds=thresholds, healthy=healthy, results=_measured(evaluation), research_only=RESEARCH_ONLY)
-        write_json(tmp/"models"/CARD, json.loads(json.dumps(card)), FORMAT)
+                    scores=asdict(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts(), training=_trained(cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation),
+                    tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
+        write_json(tmp/"models"/CARD, card, FORMAT)
         for file, content in zip(("metadata.json", "inference.json"), _bundle(card)): (tmp/"configs"/file).write_text(json.dumps(content, indent=1) + "\n")
         (tmp/"docs"/"README.md").write_text(_card_text(card))
     return card
-
-def _version() -> str:
-    from uad_study import __version__
-    return __version__
 
 # %% ../nbs/53_weights.ipynb #fe75c75d
 def packaged_weights() -> list[str]:
@@ -192,8 +196,8 @@ def _place(name, contrast) -> Path:
         kept, sha = run/"weights", file_sha256(run/"best.pt")
         try: card = read_json(kept/"models"/CARD, FORMAT)
         except UadError: card = {}
-        evaluation, judged = _evaluation(run)
-        if (card.get("checkpoint_sha256"), card.get("version"), card.get("judged")) != (sha, _version(), _asked(judged)): export_weights(run, kept)
+        _, judged = _evaluation(run)
+        if (card.get("checkpoint_sha256"), card.get("version"), card.get("judged")) != (sha, __version__, _asked(judged)): export_weights(run, kept)
         return kept
     known = packaged_weights()
     if str(name) not in known and f"{name}-{contrast}" in known: name = f"{name}-{contrast}"
