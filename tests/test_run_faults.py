@@ -36,10 +36,22 @@ def same_training(a, b):
     assert lines[0] == lines[1]
 
 
-def test_kill_stop_and_resume_a_training_run(training):
+@pytest.fixture
+def longer_training(tiny_out, tmp_path):
+    "As `training`, of so many steps that nobody comes too late to disturb it, on a busy machine either."
+    (tmp_path/"longer.yaml").write_text(TINY.replace("steps: 12", "steps: 240").replace("val_every: 4", "val_every: 60"))
+    study = runs.read_study(tmp_path/"longer.yaml")
+    prepare, train = runs.plan(study)[:2]
+    for out in ("out", "undisturbed"): shutil.copytree(tiny_out/prepare.folder, tmp_path/out/prepare.folder)
+    for out in ("out", "undisturbed"): runs.write_run(tmp_path/out, train, study, "cpu")
+    assert runs.start_run(tmp_path/"undisturbed", train, 1).wait(300) == 0
+    return study, train, tmp_path/"out", tmp_path/"undisturbed"/train.folder
+
+
+def test_kill_stop_and_resume_a_training_run(longer_training):
     "One run is stopped, its kernel killed, then its process; the fourth attempt ends it. Only what came after the last checkpoint is done again, and the run tells all four."
-    study, run, out, undisturbed = training
-    folder, steps = out/run.folder, []
+    study, run, out, undisturbed = longer_training
+    folder = out/run.folder
 
     def begin():
         "Start the run, and wait until it has kept a step more."
@@ -52,7 +64,7 @@ def test_kill_stop_and_resume_a_training_run(training):
     p = begin(); p.send_signal(signal.SIGTERM)
     assert p.wait(90) == runs.STOPPED_CODE and not (folder/"result.json").exists() and not (folder/"error.txt").exists()
     stopped = read_checkpoint(folder/"last.pt")["step"]
-    assert runs.attempts(folder)[0]["how"] == "stopped" and f"stopped at step {stopped} of 12" in (folder/"log.txt").read_text()
+    assert runs.attempts(folder)[0]["how"] == "stopped" and f"stopped at step {stopped} of 240" in (folder/"log.txt").read_text()
 
     p = begin()
     kernel, = [c for c in psutil.Process(p.pid).children(recursive=True) if "ipykernel" in " ".join(c.cmdline())]
@@ -65,12 +77,12 @@ def test_kill_stop_and_resume_a_training_run(training):
     wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)                # nobody trains on unseen
     assert engines._state(folder, run.label, run.stage, "").state == "killed"
 
-    assert runs.start_run(out, run, 1).wait(180) == 0
+    assert runs.start_run(out, run, 1).wait(300) == 0
     same_training(folder, undisturbed)
     result = read_json(folder/"result.json", runs.RESULT)
     assert [a["how"] for a in result["attempts"]] == ["stopped", "failed", "killed", "done"]
     parts = result["results"]["parts"]
-    assert parts[0]["start"] == 0 and parts[1]["start"] == stopped and parts[-1]["end"] == 12
+    assert parts[0]["start"] == 0 and parts[1]["start"] == stopped and parts[-1]["end"] == 240
     cells = [o for c in json.loads((folder/"notebook.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     table = next(h for o in cells if "stopped" in (h := "".join(o["data"]["text/html"])))                  # the whole story, not its last part
     told = {how: table.count(f"<td>{how}</td>") for how in ("stopped", "broken off", "done")}

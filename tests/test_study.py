@@ -86,7 +86,7 @@ def wait_for(condition, seconds):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition(): return True
-        time.sleep(.2)
+        time.sleep(.02)
     return False
 
 
