@@ -147,7 +147,7 @@ class DataConfig:
             raise UadError(f"data.pathologies: no lesion of {', '.join(self.pathologies)} shows on {', '.join(self.contrasts)} in the virtual cohort ({', '.join(f'{p}: {c}' for p, c in PATHOLOGIES.items())}): add one that does")
         if self.folds > 1 and self.n_train < (self.folds - 1) * self.n_val:
             raise UadError(f"data: {self.folds} disjoint validation sets of {self.n_val} need n_train of at least {(self.folds - 1) * self.n_val}, not {self.n_train}")
-        if min(self.n_train, self.n_val, self.n_lesion_val, self.n_lesion_test, self.folds) < 1 or self.n_test < 0: raise UadError("data: every count must be at least 1, and n_test at least 0")
+        if min(self.n_val, self.n_lesion_val, self.n_lesion_test, self.folds) < 1 or min(self.n_train, self.n_test) < 0: raise UadError("data: every count must be at least 1; n_test, and where nothing is trained n_train, at least 0")
 
 SOURCES = ("virtual", "prepared", "real_t1")
 

@@ -86,6 +86,7 @@ class Entry:
     train: dict
     restore: dict                    # {} for a model that has nothing to set there
     scores: dict
+    weights: str = ""                # packaged weights that stand in for a training
     base: str = ""                   # of a variant: the label it is compared with
     says: str = ""                   # of a variant: what it changes, such as 'train.lr 0.001 → 0.0001'
 
@@ -154,17 +155,18 @@ def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
     from uad_study.models import MODELS, RestoreConfig, model_config
     from uad_study.train import train_config
     from uad_study.volume import GRID_SHAPE
-    model = model_config(parts["model"], where)
+    model, weights = model_config(parts["model"], where), parts.get("weights", "")
     if (size := getattr(model, "size", GRID_SHAPE[0])) < GRID_SHAPE[0]: raise UadError(f"{where}, model.size: slices have {GRID_SHAPE[0]} pixels, more than {size}: raise it")
     restores = MODELS[model.name].restores
     if restore_set and not restores: raise UadError(f"{where}, restore: the model {model.name!r} has nothing to set there: remove it")
     restore = from_dict(RestoreConfig, parts["restore"], f"{where}, restore") if restores else None
     if restore and restore.t_test >= model.timesteps: raise UadError(f"{where}, restore.t_test: {restore.t_test} is outside the schedule: choose 0 to {model.timesteps - 1}")
-    train = train_config(model.name, parts["train"], f"{where}, train")
+    train, data = train_config(model.name, parts["train"], f"{where}, train"), from_dict(DataConfig, parts["data"], f"{where}, data")
+    if weights and data.folds > 1: raise UadError(f"{where}, weights: are of one training: set data.folds to 1")
+    if not weights and data.source == "virtual" and data.n_train < 1: raise UadError(f"{where}: has nothing to train on: set data.n_train to at least 1")
     if "sampler_steps" in parts["restore"] and restore and restore.sampler != "ddim": raise UadError(f"{where}, restore.sampler_steps: is for the sampler ddim: set that too, or remove it")
     if "lr_period" in parts["train"] and train.lr_schedule != "cosine": raise UadError(f"{where}, train.lr_period: is for lr_schedule cosine: set that too, or remove it")
-    return Entry(label, _plain(from_dict(DataConfig, parts["data"], f"{where}, data")), _plain(model), _plain(train),
-                 _plain(restore) if restore else {}, _plain(from_dict(ScoreConfig, parts["scores"], f"{where}, scores")))
+    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(from_dict(ScoreConfig, parts["scores"], f"{where}, scores")), weights)
 
 # %% ../nbs/41_runs.ipynb #fd313566
 def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
@@ -174,14 +176,24 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
         at, m = f"{where}, models[{i}]", {"name": m} if isinstance(m, str) else m
         if not isinstance(m, dict): raise UadError(f"{at}: must be a model's name or a mapping of settings, not {m!r}")
         own = {k: _mapping(m, k, at) for k in ("train", "restore", "scores")}
-        parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
+        parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label", "weights")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
+        if "weights" in m: parts |= _shipped(m["weights"], parts, own, at)
         e = _entry("", parts, at, bool(own["restore"]))
-        label = _label(m, e.model["name"], at)
+        label = _label(m, e.weights or e.model["name"], at)
         if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
         if label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
         entries[label], given[label] = replace(e, label=label), parts
     if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(entries)} has anything to set there: remove it")
     return entries, given
+
+def _shipped(name, parts: dict, own: dict, at: str) -> dict:
+    "What packaged weights set of a model's raw settings: its architecture is theirs, and nothing is trained."
+    from uad_study.cohort import DataConfig
+    from uad_study.shipped import cards_for
+    if given := [*parts["model"], *(["train"] if own["train"] else [])]: raise UadError(f"{at}, {given[0]}: weights bring their model, and are trained: remove it, or the line weights")
+    data = from_dict(DataConfig, parts["data"], f"{at}, data")
+    card = next(iter(cards_for(str(name), data.contrasts, _plain(data), f"{at}, weights").values()))
+    return dict(model=card["model"], train={}, weights=str(name))
 
 def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, dict]) -> tuple[Entry, ...]:
     "The entries of the models, then those of the section `variants`, each checked against its base."
@@ -195,7 +207,8 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         own = {k: _mapping(v, k, at) for k in PARTS}
         for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
-        e = _entry("", {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
+        if (w := bases[base].weights) and (k := next((k for k in ("model", "train") if own[k]), None)): raise UadError(f"{at}, {k}: {base!r} stands for the weights {w!r}, which are trained already: remove it")
+        e = _entry("", given[base] | {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
         old = {f"{k}.{n}": x for k in PARTS for n, x in getattr(bases[base], k).items()}
         changed = {f"{k}.{n}": x for k in PARTS for n, x in getattr(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
@@ -238,7 +251,8 @@ def plan(study: Study, data_dir=None) -> list[Run]:
             for i, e in enumerate(study.entries):
                 source, name = prepares[digest(e.data)], f"{contrast} {e.label} f{fold}"
                 common = dict(cohort_dir=f"{at(source)}/cohort", contrast=contrast, fold=fold)
-                t = run("train", name, f"{contrast} {e.model['name']} f{fold}", common | dict(model_config=e.model, train_config=e.train), [source])
+                t = run("train", name, f"{contrast} {e.model['name']} f{fold}", common | dict(model_config=e.model, train_config=e.train) | _weights(e, contrast), [source])
+                if e.weights: t.label = f"weights {name}"
                 t = next((o for o in trains if o.key == t.key), t)
                 extra = study.report if not e.base else study.report | dict(steps_val=0, steps_test=0, post_val=0, post_test=0)         # snapshots tell about the models, not about each variant
                 trains.append(t)
@@ -248,6 +262,11 @@ def plan(study: Study, data_dir=None) -> list[Run]:
     report = run("report", "", "", dict(title=study.title, study=study.name, cohort_dir=f"{at(prepare)}/cohort", evaluate_dirs=[at(e) for e in evaluates],
                                     variants=variants, out_dir="."), work)
     return [*work, report]
+
+def _weights(e: Entry, contrast: str) -> dict:
+    "The parameter `weights` of a training that packaged weights stand in for; {} for others."
+    from uad_study.shipped import cards_for
+    return dict(weights=dict(name=e.weights, sha256=cards_for(e.weights, (contrast,), e.data, "weights")[contrast]["tensors_sha256"])) if e.weights else {}
 
 def _content(study: Study, data: dict, data_dir) -> list:
     "What the volumes of a study depend on besides its settings. Raises `UadError` when --data is missing or not needed."

@@ -505,6 +505,8 @@ def _about_training(results: Results) -> list[str]:
         quality = here(results.restorations)
         if signs := undertrained(curve, here(results.steps), np.nan if bottleneck or not len(quality) else quality.ssim.mean()): late.append(f"{m} on {q['contrast']} (fold {q['fold']}): {' and '.join(signs)}")
     notes = [f"Under-trained: {_some(late)}. Blurred restorations hurt SSIM more than l1: train longer before comparing scores."] if late else []
+    came = {r["weights"]: f"{r['weights']} ({r['train_volumes']} subjects, {r['steps']} steps)" for t in results.trainings if t and "weights" in (r := t["results"])}
+    if came: notes.append(f"Nothing was trained here: the weights came with uad_study: {_some(came.values())}. Their training and the exact subjects are on their cards (uad_study/checkpoints).")
     return notes + ([f"The training is not here: {_some(gone)}. Whether it was long enough can't be told."] if gone else [])
 
 def _about_scores(results: Results, numbers: Numbers) -> list[str]:
