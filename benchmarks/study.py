@@ -20,6 +20,15 @@ def auprc(r) -> list[list[str]]:
     return [*cells, ["", "prevalence", *(f"{r.rows(pathology=p, model=r.models[0]).prevalence.mean():.3f}" for p in r.pathologies)]]
 
 
+def lengths(r) -> list[list[str]]:
+    "Dice of l1 and SSIM-ens on a few test volumes at each snapshot of the trainings, each with its own threshold from validation."
+    steps = sorted(r.steps.step.unique()) if len(r.steps) else []
+    cells = [["model", "pathology", "score", *(f"step {s}" for s in steps)]]
+    for (m, p, s), g in r.steps.groupby(["model", "pathology", "score"], sort=False) if steps else ():
+        if m in r.models: cells.append([m, NAMES.get(p, p), score_label(s), *(f"{100 * x.dice.mean():.1f}" if len(x := g[g.step == k]) else "" for k in steps)])
+    return cells
+
+
 def main(out, name):
     r = open_results(out)
     p, notes = r.evaluations[0]["provenance"], cautions(r)
@@ -31,6 +40,7 @@ def main(out, name):
              "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## Restorations", markdown(table_restorations(r))]
     val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()
     parts += ["Healthy validation volumes:", markdown([["model", "contrast", "l1 (brain)", "SSIM (sigma 1.5)"], *([m, c, f"{v.l1:.4f}", f"{v.ssim:.3f}"] for (m, c), v in val.iterrows())])]
+    if len(r.steps) and r.steps.groupby("model").step.nunique().max() > 1: parts += ["## Dice (%) against the length of training", f"On {r.steps.groupby(['model', 'pathology', 'step']).n_test.first().max()} test volumes a pathology.", markdown(lengths(r))]
     if r.variants: parts[3:3] = ["## What matters", "![Paired differences with 95 % intervals](../docs/ablation.png)" if name == "ablation" else "", markdown(table_variants(r)), "In brackets: mean paired difference to the base in Dice points: 95 % bootstrap interval over patients, one seed, not corrected for the number of comparisons."]
     parts += ["## Trainings", markdown(trainings)]
     (Path(__file__).parent/f"{name}.md").write_text("\n\n".join(parts) + "\n")

@@ -427,8 +427,8 @@ class Scored:
             style = {"in": "green", "borderline": "yellow", "out": "red"}[r.verdict]
             t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", "done already" * (r.how == "kept"))
         if t.row_count: self.console.print(t)
-        for r in rows[rows.how != "failed"].itertuples():
-            if r.note: print(f"note: {r.scan}: {r.note}")
+        good = rows[rows.how != "failed"]
+        for note, g in good[good.note != ""].groupby("note", sort=False) if len(good) else (): print(f"note: {', '.join(g.scan[:3])}{f' and {len(g) - 3} more' * (len(g) > 3)}: {note}")
         for r in rows[rows.how != "failed"].head(3).itertuples(): print(f"page: {out/r.label/'index.html'}")
         if len(rows) > 3: print(f"all:  {out/'scores.csv'}")
 

@@ -1,0 +1,123 @@
+"""What weights say about real scans: python benchmarks/real.py --data DIR [--run RUN] (DIR holds manifest.csv; RUN is the training of `uad run real-t1`). Writes benchmarks/real.json, docs/real.md and docs/real.png.
+
+Every scan goes through `scan.score_scan`, as `uad score` does it; thresholds are those of the weights, set on healthy scans. Pictures are of scans whose licence allows it."""
+import argparse, json, platform
+from pathlib import Path
+import matplotlib; matplotlib.use("Agg")
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from uad_study.metrics import best_threshold, dice
+from uad_study.postprocess import components
+from uad_study.prepare import lesion_on_grid, to_native
+from uad_study.runs import provenance
+from uad_study.scan import score_scan
+from uad_study.volume import load_mask, load_volume
+from uad_study.weights import load_weights
+
+HERE = Path(__file__).resolve().parent.parent
+IXI = "train_healthy/ixi2mm/"
+SCANS = [                                            # name, contrast, scan, lesion mask, brain mask, state, whether a picture may be shown
+    ("TCGA-DU-7294", "T1w", "eval_tumor/TCGA-DU-7294_t1.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "", "stripped", True),
+    ("MSLUB 07", "T1w", "eval_ms/patient07_T1.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "", "stripped", True),
+    ("MSLUB 26", "T1w", "eval_ms/patient26_T1.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "", "stripped", True),
+    *((n[:6], "T1w", f"{IXI}{n}-T1_ds.nii.gz", "", "", "head", False) for n in ("IXI012-HH-1211", "IXI013-HH-1212", "IXI014-HH-1236", "IXI015-HH-1258", "IXI033-HH-1259")),
+    ("TCGA-DU-7294", "T2w", "eval_tumor/TCGA-DU-7294_t2.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "", "stripped", True),
+    ("MSLUB 07", "T2w", "eval_ms/patient07_T2.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "", "stripped", True),
+    ("MSLUB 26", "T2w", "eval_ms/patient26_T2.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "", "stripped", True),
+    ("stroke", "T2w", "eval_stroke/clinical_T2.nii", "eval_stroke/clinical_T2_lesion.nii", "", "head", True),
+    ("healthy T2w", "T2w", "healthy_t2/allineate_T2w.nii.gz", "", "", "head", False)]
+SHOWN = ("l1", "ssim_ens")
+CREDIT = ("TCGA-DU-7294: The Cancer Imaging Archive, TCGA-LGG (CC BY 3.0), segmentation fused from five algorithms. MSLUB 07 and 26: Lesjak et al., Neuroinformatics 2018 (CC BY). "
+          "Stroke: the clinical toolbox's tutorial scan (Rorden et al., 2012; BSD).")
+
+
+def judge(r, lesion):
+    "A row per score of a `ScanResult`: mL marked in the scan; with a lesion mask (on the scan's grid) Dice there, and the Dice of the best threshold, which nobody knows."
+    rows, plain = [], "intensity_dark" if "intensity_dark" in r.maps and r.weights.contrast == "T1w" else "intensity"
+    for s in (plain, *SHOWN):
+        t = r.weights.thresholds.get(s, np.nan)
+        found = r.found if s == r.score else components(r.maps[s] > t, r.weights.scores.min_voxels)
+        row = dict(score=s, threshold=t, ml=float(to_native(found, r.prepared).sum() * abs(np.linalg.det(r.scan.affine[:3, :3])) / 1000))
+        if lesion is not None:
+            anomaly = to_native(r.maps[s], r.prepared)
+            row |= dict(dice=float(dice(to_native(found, r.prepared), lesion.data)), oracle=float(best_threshold(anomaly, lesion.data)[1]))
+        rows.append(row)
+    return rows
+
+
+def picture(cases, file):
+    "A row per case: scan, restoration, both maps with the found and the true outline, at the slice with most lesion."
+    fig, axes = plt.subplots(len(cases), 4, figsize=(8.2, 2.2 * len(cases)), dpi=110, squeeze=False, layout="constrained")
+    for i, (row, (name, r, lesion)) in enumerate(zip(axes, cases)):
+        on_grid = lesion_on_grid(lesion, r.prepared.brain_mask, r.prepared.to_atlas, r.prepared.grid_affine)[0]
+        z = int(on_grid.sum((0, 1)).argmax())
+        cut = lambda a: np.asarray(a)[:, :, z].T
+        for ax, (title, a, kw) in zip(row, [("scan", np.where(r.prepared.brain_mask, r.prepared.image, 0), dict(cmap="gray", vmin=0, vmax=1)), ("restored", np.where(r.prepared.brain_mask, r.reconstruction, 0), dict(cmap="gray", vmin=0, vmax=1)),
+                                            ("l1", r.maps["l1"], dict(cmap="inferno", vmin=0)), ("SSIM-ens", r.maps["ssim_ens"], dict(cmap="inferno", vmin=0))]):
+            ax.imshow(cut(a), origin="lower", **kw); ax.set_xticks([]); ax.set_yticks([])
+            if i == 0: ax.set_title(title, fontsize=9)
+            if title == "scan": ax.contour(cut(on_grid), [.5], colors="#56b4e9", linewidths=.9)
+            if title in ("l1", "SSIM-ens"):
+                s = "l1" if title == "l1" else "ssim_ens"
+                found = components(r.maps[s] > r.weights.thresholds[s], r.weights.scores.min_voxels)
+                if found[:, :, z].any(): ax.contour(cut(found), [.5], colors="w", linewidths=.7)
+                ax.contour(cut(on_grid), [.5], colors="#56b4e9", linewidths=.7)
+        row[0].set_ylabel(name, fontsize=8)
+    fig.savefig(file, metadata={"Software": None}); plt.close(fig)
+
+
+def run(data, trained):
+    rows, cases = [], []
+    for name, contrast, file, lesion, mask, state, show in SCANS:
+        scan = load_volume(data/file)
+        truth = load_mask(data/lesion, like=scan) if lesion else None
+        for source, w in [("virtual", load_weights("ddpm", contrast))] + ([("real", load_weights(trained))] if trained and contrast == "T1w" else []):
+            r = score_scan(scan, w, load_mask(data/mask, like=scan) if mask else None, state=state)
+            common = dict(scan=name, contrast=contrast, weights=source, verdict=r.distance["verdict"], error=r.distance["error"]["value"], error_largest=r.distance["error"]["largest"], seconds=sum(r.seconds.values()),
+                          lesion_ml=float(truth.data.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000) if truth else None)
+            rows += [common | j for j in judge(r, truth)]
+            print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+            if show and source == "virtual": cases.append((f"{name}, {contrast}", r, truth))
+    return pd.DataFrame(rows), cases
+
+
+def page(t, p) -> str:
+    number = lambda v, f=".1f": "" if v is None or v != v else format(v, f)
+    def table(rows, lesions):
+        head = ["scan", "weights", "like the training?", *(["lesion (mL)"] if lesions else []), *(f"{s}: " + ("Dice, best possible, mL marked" if lesions else "mL marked") for s in ("plain intensity", "l1", "SSIM-ens"))]
+        out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for (n, c, w), g in rows.groupby(["scan", "contrast", "weights"], sort=False):
+            cells = [f"{number(100 * r.dice)}, {number(100 * r.oracle)}, {number(r.ml)}" if lesions else number(r.ml) for r in g.itertuples()]
+            out.append("| " + " | ".join([f"{n}, {c}", w, g.verdict.iloc[0], *([number(g.lesion_ml.iloc[0])] if lesions else []), *cells]) + " |")
+        return "\n".join(out)
+    return f"""# Real scans: what the weights say
+
+`python benchmarks/real.py --data DIR --run RUN`, {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}, {platform.machine()}, {p['cores']} cores, torch {torch.__version__.split('+')[0]}. The numbers: [real.json](../benchmarks/real.json).
+
+Weights: *virtual* are those that come with this package (a DDPM of 1.2 million parameters, trained on 300 brains that a program made); *real* is the same network trained on healthy T1w scans of the OASIS subjects by `uad run real-t1`
+(they are not part of this package). Thresholds are set on healthy scans of the weights' own kind, no lesion was seen; *best possible* is the Dice of the threshold that nobody knows. Dice in percent, on the scan's own grid.
+A handful of scans supports no claim; they show what happens.
+
+## With a lesion
+
+{table(t[t.lesion_ml.notna()], True)}
+
+## Without
+
+{table(t[t.lesion_ml.isna()], False)}
+
+What is marked in these is false (the T2w scan looks normal; nobody vouches for it).
+
+![Scan, restoration, and maps of the virtual weights](real.png)
+
+Blue: the lesion mask; white: above the threshold. Slices with most lesion. {CREDIT}
+"""
+
+
+if __name__ == "__main__":
+    a = argparse.ArgumentParser(); a.add_argument("--data", type=Path, required=True); a.add_argument("--run", type=Path); a = a.parse_args()
+    torch.set_num_threads(2)
+    t, cases = run(a.data, a.run)
+    p = provenance()
+    (HERE/"benchmarks"/"real.json").write_text(json.dumps(dict(format="uad-benchmark-real/1", provenance={k: p[k] for k in ("time", "commit", "dirty", "cores", "packages")}, rows=json.loads(t.round(5).to_json(orient="records"))), indent=1) + "\n")
+    picture(cases, HERE/"docs"/"real.png")
+    (HERE/"docs"/"real.md").write_text(page(t, p))
