@@ -2,11 +2,12 @@
 import dataclasses
 import numpy as np, pytest, torch
 from uad_study.core import UadError
+from uad_study.diffusion import q_sample
 from uad_study.models import MODELS, RestoreConfig, build_model, model_config, restore_config
 from uad_study.train import train_config
 
 UNET = dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=2)
-TINY = dict(ssim_ae=dict(channels=[8, 16], latent=16, size=32, window=7))
+TINY = dict(ssim_ae=dict(channels=[8, 16], latent=16, size=32, window=7), pddpm=UNET | dict(box=16, box_stride=16))
 g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
 
@@ -53,6 +54,8 @@ def test_every_weight_learns(name):
 @pytest.mark.parametrize("settings, words", [
     (dict(name="ssim_ae", window=4), "model.window: must be odd, and 3 to 95, not 4"), (dict(name="ssim_ae", window=97), "model.window"), (dict(name="ssim_ae", window_sigma=0), "model.window_sigma: must be more than 0"),
     (dict(name="ssim_ae", data_range=-1), "model.data_range"), (dict(name="ssim_ae", windw=7), "did you mean 'window'"),
+    (dict(name="pddpm", box=97), "model.box: squares of 97 pixels do not fit into slices of (96, 96)"), (dict(name="pddpm", box=24), "model.box_stride: must be 1 to 24"), (dict(name="pddpm", box_stride=0), "model.box_stride"),
+    (dict(name="pddpm", stitch="mean"), "model.stitch: 'mean' is unknown"), (dict(name="pddpm", places="gird"), "did you mean 'grid'"),
 ])
 def test_bad_settings_are_one_line(settings, words):
     with pytest.raises(UadError) as e: model_config(settings)
@@ -62,6 +65,7 @@ def test_bad_settings_are_one_line(settings, words):
 def test_learning_is_that_of_the_authors():
     c = train_config("ssim_ae")
     assert (c.lr, c.weight_decay, c.lr_schedule) == (2e-4, 1e-5, "constant") and not MODELS["ssim_ae"].restores
+    assert train_config("pddpm") == train_config("ddpm") and restore_config("pddpm") == RestoreConfig(t_test=500) and model_config("pddpm").box == 48
 
 
 def test_the_ssim_loss_equals_one_window_at_a_time():
@@ -77,3 +81,84 @@ def test_the_ssim_loss_equals_one_window_at_a_time():
                 found.append((2 * m * n + .008**2) * (2 * (w * (p - m) * (q - n)).sum() + .024**2) / ((m * m + n * n + .008**2) * ((w * (p - m)**2).sum() + (w * (q - n)**2).sum() + .024**2)))
     assert float(model.distance(x, y)) == pytest.approx(1 - np.mean(found), abs=2e-6)
     with torch.autocast("cpu", torch.bfloat16): assert float(model.distance(x, y)) == pytest.approx(1 - np.mean(found), abs=2e-6)
+
+
+def one_square_at_a_time(model, x, generator, t):
+    "pDDPM by loops: each square of a slice noised by itself, restored, and put (or averaged) into its place."
+    c, x0, n = model.config, 2 * x - 1, x.shape[-1]
+    field, steps = model.noise(x, generator), -(-(n - c.box) // c.box_stride)
+    starts = [round(i * (n - c.box) / steps) for i in range(steps + 1)] if steps else [0]
+    corners, out = [(i, j) for i in starts for j in starts], torch.zeros_like(x)
+    found, at = {}, torch.full((1,), t)
+    for i, j in corners:
+        for b in range(len(x)):
+            seen = x0[b:b + 1].clone()
+            seen[..., i:i + c.box, j:j + c.box] = q_sample(x0[b:b + 1], at, field[b:b + 1])[..., i:i + c.box, j:j + c.box]
+            found[i, j, b] = model.denoiser(seen, at)[0, 0]
+    for b in range(len(x)):
+        for p in range(n):
+            for q in range(n):
+                over = [(i, j) for i, j in corners if i <= p < i + c.box and j <= q < j + c.box]
+                middle = lambda s: (abs(p - s[0] - (c.box - 1) / 2), abs(q - s[1] - (c.box - 1) / 2))
+                if c.stitch == "cut": over = [min(over, key=lambda s: (middle(s)[0]**2 + middle(s)[1]**2, s))]
+                out[b, 0, p, q] = sum(found[i, j, b][p, q] for i, j in over) / len(over)
+    return (out + 1) / 2
+
+
+@pytest.mark.parametrize("more", [dict(), dict(box_stride=6, stitch="cut"), dict(box_stride=9, stitch="average"), dict(box=32, box_stride=32), dict(box=11, box_stride=5, stitch="average")])
+def test_pddpm_equals_one_square_at_a_time(more):
+    model, x = tiny("pddpm", restore=RestoreConfig(t_test=300), **more), slices(2, 5)
+    with torch.no_grad(): torch.testing.assert_close(model.reconstruct(x, g(7)), one_square_at_a_time(model, x, g(7), 300), rtol=1e-4, atol=1e-4)
+
+
+def test_a_square_as_large_as_the_slice_is_a_ddpm():
+    x, pddpm = slices(3, 5), tiny("pddpm", box=32, box_stride=32)
+    ddpm = build_model(model_config(UNET | dict(name="ddpm")), 1).eval()
+    ddpm.load_state_dict(pddpm.state_dict())
+    for r in (RestoreConfig(n_draws=2), RestoreConfig(t_test=8, sampler="ancestral"), RestoreConfig(t_test=(90, 200), sampler="ddim", sampler_steps=3)):
+        pddpm.restore = ddpm.restore = r
+        assert torch.equal(pddpm.reconstruct(x, g(1)), ddpm.reconstruct(x, g(1)))
+    assert pddpm.loss(x, g(2)).item() == pytest.approx(ddpm.loss(x, g(2)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("places", ["grid", "anywhere"])
+@pytest.mark.parametrize("sampler", [None, "one_step", "ancestral", "ddim"])
+def test_only_one_square_is_ever_noised(places, sampler):
+    "In training (None) and under every sampler, whatever else the chain does; the loss is of the square alone."
+    model, x, seen, given = tiny("pddpm", places=places), slices(4, 6), [], []
+    model.denoiser.register_forward_pre_hook(lambda m, a: seen.append(a))
+    model.denoiser.register_forward_hook(lambda m, a, out: given.append(out))
+    if sampler: model.restore = RestoreConfig(t_test=20, sampler=sampler, sampler_steps=4); model.reconstruct(x, g(1))
+    else: loss = model.loss(x, g(1))
+    assert len(seen) == {None: 1, "one_step": 4, "ancestral": 4 * 21, "ddim": 4 * 4}[sampler]
+    corners = set()
+    for x_t, t in seen:
+        for b in range(4):
+            rows, columns = (torch.nonzero((x_t[b, 0] != 2 * x[b, 0] - 1).any(d)).flatten().tolist() for d in (1, 0))
+            assert rows[-1] - rows[0] < 16 and columns[-1] - columns[0] < 16 and (x_t[b, 0] != 2 * x[b, 0] - 1).sum() <= 256
+            corners.add((rows[0], columns[0]))
+    if sampler or places == "grid": assert corners <= {(i, j) for i in (0, 16) for j in (0, 16)}
+    if sampler: assert len(corners) == 4
+    else:
+        inside = seen[0][0] != 2 * x - 1
+        assert inside.sum() == 4 * 256 and loss.item() == pytest.approx((given[0] - (2 * x - 1)).abs()[inside].mean().item(), rel=1e-5)
+
+
+def test_squares_anywhere_are_uniform():
+    model, n = tiny("pddpm", places="anywhere"), 4000
+    inside = model.squares(torch.zeros(n, 1, 32, 32), g(0))
+    first = inside.flatten(1).int().argmax(1)
+    for start in (first // 32, first % 32): assert start.min() == 0 and start.max() == 16 and abs(torch.bincount(start) / n * 17 - 1).max() < .35
+    assert (inside.sum((1, 2, 3)) == 256).all()
+
+
+def test_what_a_square_hid_is_not_seen_in_it():
+    "At the last step (alpha-bar 2.4e-9 of the cosine schedule) a square's restoration depends on its surroundings, not on what was in it."
+    model, x = tiny("pddpm", restore=RestoreConfig(t_test=999)), slices(1, 8)
+    other = x.clone(); other[..., :16, :16] = 1 - other[..., :16, :16]
+    a, b = model.reconstruct(x, g(2)), model.reconstruct(other, g(2))
+    assert (a - b)[..., :16, :16].abs().max() < 1e-2 * (a - b)[..., 16:, :].abs().max()
+
+
+def test_slices_too_small_for_the_square():
+    with pytest.raises(UadError, match="squares of 16 pixels do not fit into slices of"): tiny("pddpm").reconstruct(slices()[..., :8, :8], g())
