@@ -7,7 +7,7 @@ from uad_study.models import MODELS, RestoreConfig, build_model, model_config, r
 from uad_study.train import train_config
 
 UNET = dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=2)
-TINY = dict(ssim_ae=dict(channels=[8, 16], latent=16, size=32, window=7), pddpm=UNET | dict(box=16, box_stride=16))
+TINY = dict(ssim_ae=dict(channels=[8, 16], latent=16, size=32, window=7), pddpm=UNET | dict(box=16, box_stride=16), cddpm=UNET | dict(encoder="resnet10", encoder_width=.125, features=8))
 g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
 
@@ -38,9 +38,9 @@ def test_the_face(name):
     assert model.loss(x, g(0)).item() == twin.loss(x, g(0)).item() != twin.loss(x, g(1)).item()
     model.eval(); twin.load_state_dict(model.state_dict()); twin.eval()
     assert model.reconstruct(x, g(5)).shape == x.shape and torch.equal(model.reconstruct(x, g(5)), twin.reconstruct(x, g(5)))
-    four = slices(4, 2)
-    assert sum(model.loss(four[2 * i:2 * i + 2], g(3), (i, 2)).item() for i in (0, 1)) / 2 == pytest.approx(model.loss(four, g(3)).item(), rel=1e-5)
     assert not model.reconstruct(x, g(5)).requires_grad and torch.equal(before, torch.random.get_rng_state())
+    four, model = slices(4, 2).double(), model.double()
+    assert sum(model.loss(four[2 * i:2 * i + 2], g(3), (i, 2)).item() for i in (0, 1)) / 2 == pytest.approx(model.loss(four, g(3)).item(), rel=1e-6)
     assert set(dataclasses.asdict(model.config)) == {f.name for f in dataclasses.fields(MODELS[name].Config)}
 
 
@@ -56,6 +56,7 @@ def test_every_weight_learns(name):
     (dict(name="ssim_ae", data_range=-1), "model.data_range"), (dict(name="ssim_ae", windw=7), "did you mean 'window'"),
     (dict(name="pddpm", box=97), "model.box: squares of 97 pixels do not fit into slices of (96, 96)"), (dict(name="pddpm", box=24), "model.box_stride: must be 1 to 24"), (dict(name="pddpm", box_stride=0), "model.box_stride"),
     (dict(name="pddpm", stitch="mean"), "model.stitch: 'mean' is unknown"), (dict(name="pddpm", places="gird"), "did you mean 'grid'"),
+    (dict(name="cddpm", encoder="resnet51"), "did you mean 'resnet50'"), (dict(name="cddpm", encoder_width=.01), "model.encoder_width: must be at least 1/64"), (dict(name="cddpm", features=0), "model.features: must be 1 or more"),
 ])
 def test_bad_settings_are_one_line(settings, words):
     with pytest.raises(UadError) as e: model_config(settings)
@@ -66,6 +67,9 @@ def test_learning_is_that_of_the_authors():
     c = train_config("ssim_ae")
     assert (c.lr, c.weight_decay, c.lr_schedule) == (2e-4, 1e-5, "constant") and not MODELS["ssim_ae"].restores
     assert train_config("pddpm") == train_config("ddpm") and restore_config("pddpm") == RestoreConfig(t_test=500) and model_config("pddpm").box == 48
+    c, r = train_config("cddpm"), restore_config("cddpm")
+    assert (c.lr, c.steps, c.augment) == (1e-5, 14400, True) and r.steps == (250, 500, 750) and restore_config("cddpm", dict(n_draws=2)).steps == r.steps and restore_config("cddpm", dict(t_test=90)).steps == (90,)
+    assert tiny("cddpm").restore == r and tiny("cddpm", timesteps=200).restore.steps == (50, 100, 150) and tiny("pddpm", timesteps=200).restore.t_test == 100
 
 
 def test_the_ssim_loss_equals_one_window_at_a_time():
@@ -162,3 +166,90 @@ def test_what_a_square_hid_is_not_seen_in_it():
 
 def test_slices_too_small_for_the_square():
     with pytest.raises(UadError, match="squares of 16 pixels do not fit into slices of"): tiny("pddpm").reconstruct(slices()[..., :8, :8], g())
+
+
+def test_cddpm_equals_the_unet_block_by_block():
+    "The features of the clean slice go through two dense layers and are added to the time embedding; all else is MONAI's U-Net."
+    from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
+    model, x, t = tiny("cddpm"), slices(2, 5), torch.tensor([3, 700])
+    x_t, u = q_sample(2 * x - 1, t, model.noise(x, g(1))), model.denoiser.unet
+    with torch.no_grad():
+        emb = u.time_embed(get_timestep_embedding(t, 16)) + u.class_embedding(model.encoder(x))
+        h = u.conv_in(torch.nn.functional.pixel_unshuffle(x_t, 2)); kept = [h]
+        for block in u.down_blocks:
+            h, more = block(hidden_states=h, temb=emb, context=None)
+            kept += more
+        h = u.middle_block(hidden_states=h, temb=emb, context=None)
+        for block in u.up_blocks:
+            n = len(block.resnets)
+            h, kept = block(hidden_states=h, res_hidden_states_list=kept[-n:], temb=emb, context=None), kept[:-n]
+        torch.testing.assert_close(model.seeing(x)(x_t, t), torch.nn.functional.pixel_shuffle(u.out(h), 2), rtol=1e-5, atol=1e-5)
+
+
+def test_cddpm_without_its_features_is_a_ddpm():
+    model, x = tiny("cddpm", restore=RestoreConfig(n_draws=2)), slices()
+    ddpm = build_model(model_config(UNET | dict(name="ddpm")), 1, RestoreConfig(n_draws=2)).eval()
+    ddpm.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith("denoiser") and "class_embedding" not in k})
+    assert (model.reconstruct(x, g(3)) - ddpm.reconstruct(x, g(3))).abs().max() > 1e-3
+    for p in model.denoiser.unet.class_embedding[-1].parameters(): p.data.zero_()
+    assert torch.equal(model.reconstruct(x, g(3)), ddpm.reconstruct(x, g(3))) and model.loss(x, g(4)).item() == ddpm.loss(x, g(4)).item()
+
+
+def test_restorations_of_several_steps_are_averaged():
+    "Each from noise of its own, drawn in order; the encoder looks once, at the clean slice."
+    model, x, seen = tiny("cddpm", restore=RestoreConfig(t_test=(250, 500, 750), n_draws=2)), slices(), []
+    model.encoder.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    together, gen = model.reconstruct(x, g(6)), g(6)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    with torch.no_grad():
+        apart = [model.denoiser(q_sample(2 * x - 1, torch.full((3,), t), model.noise(x, gen)), torch.full((3,), t), model.encoder(x)) for _ in range(2) for t in (250, 500, 750)]
+    torch.testing.assert_close(together, (sum(apart) / 6 + 1) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings, words", [(dict(t_test=[250, 1000]), "restore.t_test: 1000 is outside the schedule: choose 0 to 999"), (dict(t_test=[]), "restore.t_test: is empty"), (dict(t_test=[5, -1]), "restore.t_test: must be 0 or more, not -1"),
+                                             (dict(t_test=[True]), "t_test"), (dict(t_test=[2.5]), "t_test"), (dict(t_test="500"), "t_test"), (dict(t_test=[600, 5], sampler="ddim"), "steps do not fit below t_test 5: take 6 or fewer")])
+def test_bad_steps_are_one_line(settings, words):
+    with pytest.raises(UadError) as e: restore_config("cddpm", settings).check(1000)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_all_networks_of_the_encoder_build():
+    for encoder, millions in (("resnet10", 5), ("resnet18", 11), ("resnet34", 21), ("resnet50", 24)):
+        with torch.device("meta"): net = MODELS["cddpm"](model_config(UNET | dict(name="cddpm", encoder=encoder))).encoder
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
+    assert tiny("cddpm").encoder(slices(2)).shape == (2, 8)
+
+
+STUDY = """format: uad-study/1
+data: {source: virtual, contrasts: [T2w], pathologies: [tumour], folds: 1, n_train: 2, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 1}
+models:
+  - {name: ssim_ae, channels: [8, 16, 16], latent: 16}
+  - {name: pddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4}
+  - {name: cddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4, encoder: resnet10, encoder_width: 0.125, features: 8}
+train: {steps: 4, batch_size: 2, lr: 0.001, val_every: 2, val_slices: 4}
+scores: {names: [l1, ssim_ens]}
+variants:
+  - {of: cddpm, restore: {t_test: 500}}
+report: {steps_val: 1, steps_test: 1, post_val: 0, post_test: 0}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_systems(tmp_path):
+    "From training to table, with the restorations that each model's authors choose; exported weights restore as they do."
+    from conftest import uad
+    from uad_study.results import open_results
+    from uad_study.viewer import View, ViewState, restored_models
+    from uad_study.weights import load_weights
+    (tmp_path/"s.yaml").write_text(STUDY)
+    r = uad("run", "s.yaml", "--out", tmp_path/"out", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr + r.stdout
+    results = open_results(tmp_path/"out")
+    labels = ["ssim_ae", "pddpm", "cddpm", "cddpm, t_test 500"]
+    assert results.models == labels[:3] and set(results.table.model) == {*labels, "perfect map"} and results.table.dice.notna().any()
+    assert [q["parameters"]["restore_config"].get("t_test") for q in results.evaluations] == [None, 500, [250, 500, 750], 500]
+    assert [m.label for m in restored_models(results)] == ["T2w " + l for l in labels]
+    train, = (tmp_path/"out").glob("train-*cddpm*")
+    r = uad("export", train, tmp_path/"weights", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr + r.stdout
+    assert load_weights(tmp_path/"weights").model.restore.steps == (250, 500, 750)

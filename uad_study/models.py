@@ -331,7 +331,7 @@ class DDPM(GaussianDDPM):
         return field / simplex_std(c.octaves, c.persistence) if c.unit_noise else field
 
 MODELS |= dict(ddpm=DDPM, ddpm_gaussian=GaussianDDPM)
-MODELS |= dict(ssim_ae="uad_study.systems:SSIMAE", pddpm="uad_study.systems:PatchDDPM")
+MODELS |= dict(ssim_ae="uad_study.systems:SSIMAE", pddpm="uad_study.systems:PatchDDPM", cddpm="uad_study.systems:ConditionedDDPM")
 
 # %% ../nbs/32_models.ipynb #01e6c03b
 def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
