@@ -239,8 +239,9 @@ def test_a_study_of_systems(tmp_path):
     "From training to table, with the restorations that each model's authors choose; exported weights restore as they do."
     from conftest import uad
     from uad_study.results import open_results
-    from uad_study.viewer import View, ViewState, restored_models
-    from uad_study.weights import load_weights
+    from uad_study.labs import restored_at
+    from uad_study.viewer import restored_models
+    from uad_study.weights import export_weights, load_weights
     (tmp_path/"s.yaml").write_text(STUDY)
     r = uad("run", "s.yaml", "--out", tmp_path/"out", cwd=tmp_path)
     assert r.returncode == 0, r.stderr + r.stdout
@@ -250,6 +251,6 @@ def test_a_study_of_systems(tmp_path):
     assert [q["parameters"]["restore_config"].get("t_test") for q in results.evaluations] == [None, 500, [250, 500, 750], 500]
     assert [m.label for m in restored_models(results)] == ["T2w " + l for l in labels]
     train, = (tmp_path/"out").glob("train-*cddpm*")
-    r = uad("export", train, tmp_path/"weights", cwd=tmp_path)
-    assert r.returncode == 0, r.stderr + r.stdout
+    assert export_weights(train, tmp_path/"weights")["restore"]["t_test"] == (250, 500, 750)
     assert load_weights(tmp_path/"weights").model.restore.steps == (250, 500, 750)
+    assert sorted(restored_at(results, "cddpm", int(next(iter(results.cohort.select("test")))), steps=(50, 500))) == [50, 500]                # the lab takes one level at a time
