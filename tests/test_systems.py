@@ -21,10 +21,14 @@ def one_thread():
 
 
 def tiny(name, seed=1, restore=None, **more):
-    "A small model of that name whose zero-initialised layers are not zero."
+    "A small model of that name whose zero-initialised layers are not zero, and whose batch norms know the scale of what they meet."
     model = build_model(model_config(TINY[name] | more | dict(name=name)), seed, restore)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms: m.momentum = 1.
     with torch.no_grad():
         for p in model.parameters(): p.add_(.05)
+        model.train().loss(slices(8, 9), g(9))
+    for m in norms: m.momentum = .1
     return model.eval()
 
 
@@ -49,6 +53,14 @@ def test_every_weight_learns(name):
     model = tiny(name).train()
     model.loss(slices(), g()).backward()
     assert not [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_half_precision_learns_the_same(name):
+    model = tiny(name).train()
+    with torch.autocast("cpu", torch.bfloat16): half = model.loss(slices(4), g(1))
+    half.backward()
+    assert half.item() == pytest.approx(model.loss(slices(4), g(1)).item(), rel=.01) and all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("settings, words", [
