@@ -25,6 +25,7 @@ class _Models(dict):
         found = super().__getitem__(name)
         return resolve_name(found) if isinstance(found, str) else found
 
+    def __iter__(self): return super().__iter__()                     # so that dict(MODELS), too, asks for each
     def get(self, name, default=None): return self[name] if name in self else default
     def values(self): return [self[k] for k in self]
     def items(self): return [(k, self[k]) for k in self]
