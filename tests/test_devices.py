@@ -46,7 +46,7 @@ def assert_close(one, two, a: Curve, b: Curve):
         assert far < WEIGHTS * size, far / size
 
 
-@pytest.mark.parametrize("name", ["ddpm", pytest.param("ddpm_gaussian", marks=pytest.mark.slow), pytest.param("dae", marks=pytest.mark.slow), pytest.param("vae", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ddpm", pytest.param("ddpm_gaussian", marks=pytest.mark.slow), pytest.param("dae", marks=pytest.mark.slow), pytest.param("vae", marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.slow) for n in ("ssim_ae", "pddpm", "cddpm"))])
 def test_two_processes_learn_what_one_does(heads, tmp_path, name):
     "And a training that one process began goes on with two."
     one, two, looks = Curve(), Curve(), []

@@ -8,7 +8,7 @@ from uad_study.train import TrainConfig, train
 from uad_study.volume import GRID_SHAPE
 
 UNET = dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=4)
-SMALL = dict(ddpm=UNET, ddpm_gaussian=UNET, dae=dict(channels=[8, 16, 32]), ae=dict(channels=[8, 16], latent=16), vae=dict(channels=[8, 16], latent=16))
+SMALL = dict(ddpm=UNET, ddpm_gaussian=UNET, pddpm=UNET, cddpm=UNET | dict(encoder="resnet10", encoder_width=.125, features=8), dae=dict(channels=[8, 16, 32]), ae=dict(channels=[8, 16], latent=16), vae=dict(channels=[8, 16], latent=16), ssim_ae=dict(channels=[8, 16], latent=16))
 
 
 def small(name): return model_config(SMALL[name] | dict(name=name))

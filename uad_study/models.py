@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MODELS', 'SAMPLERS', 'ModelConfig', 'of_batch', 'AEConfig', 'VAEConfig', 'AE', 'VAE', 'DAEConfig', 'DAE',
            'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'Denoiser', 'GaussianDDPM', 'DDPM', 'model_config',
-           'build_model', 'parameter_count']
+           'restore_config', 'build_model', 'parameter_count']
 
 # %% ../nbs/32_models.ipynb #21f35d1c
 import torch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 from torch import nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 from .core import UadError, choice, from_dict
@@ -18,8 +19,19 @@ from .noise import check_octaves, coarse_noise, gaussian_noise, simplex_noise, s
 from .volume import GRID_SHAPE
 
 # %% ../nbs/32_models.ipynb #173a8210
-MODELS = {}
-"The models by name, filled below. Each class has its settings (`Config`), the training settings of its authors (`learning`), and whether `RestoreConfig` concerns it (`restores`)."
+class _Models(dict):
+    "Classes by name. One whose room is further below is kept as text, 'package.module:Class', and imported when it is asked for."
+    def __getitem__(self, name):
+        found = super().__getitem__(name)
+        return resolve_name(found) if isinstance(found, str) else found
+
+    def __iter__(self): return super().__iter__()                     # so that dict(MODELS), too, asks for each
+    def get(self, name, default=None): return self[name] if name in self else default
+    def values(self): return [self[k] for k in self]
+    def items(self): return [(k, self[k]) for k in self]
+
+MODELS = _Models()
+"The models by name, filled below. Each class has its settings (`Config`), the training settings of its authors (`learning`), whether `RestoreConfig` concerns it (`restores`), and its authors' own (`restoring`)."
 
 def _positive(config, *names):
     for k in names:
@@ -111,9 +123,13 @@ class AE(nn.Module):
         return x[..., h:h + shape[-2], w:w + shape[-1]]
 
     def loss(self, x, generator, part=(0, 1)):
-        "Mean |x_hat - x| over pixels; with dropout in training mode."
+        "The `distance` of the slices to what the bottleneck tells of them; with dropout in training mode."
         z, g = self.encode(x), generator if self.training and self.config.dropout else None
-        return (self.decode(_drop(z, self.config.dropout, g, part) if g else z, x.shape, g, part) - x).abs().mean()
+        return self.distance(self.decode(_drop(z, self.config.dropout, g, part) if g else z, x.shape, g, part), x)
+
+    def distance(self, x_hat, x):
+        "What is learnt to be small: the mean of |x_hat - x|."
+        return (x_hat - x).abs().mean()
 
     @torch.no_grad()
     def reconstruct(self, x, generator=None):
@@ -223,17 +239,27 @@ SAMPLERS = ("one_step", "ancestral", "ddim")
 @dataclass(frozen=True)
 class RestoreConfig:
     "How a diffusion model restores a slice. Other models have nothing to choose."
-    t_test: int = 500                # noise goes up to this step (paper; released code 499)
+    t_test: int | tuple[int, ...] = 500      # noise goes up to this step (paper; released code 499); of several, [250, 500, 750], the restorations are averaged
     sampler: str = "one_step"        # 'one_step' (paper), 'ancestral' (t_test + 1 calls of the network, as AnoDDPM) or 'ddim' (deterministic, sampler_steps calls)
     sampler_steps: int = 10          # calls of the network, for 'ddim'
     n_draws: int = 1                 # restorations from different noise that are averaged (paper: 1)
 
     def __post_init__(self):
         choice(self.sampler, SAMPLERS, "restore.sampler")
-        if self.t_test < 0: raise UadError(f"restore.t_test: must be 0 or more, not {self.t_test}")
+        if not self.steps: raise UadError("restore.t_test: is empty: list at least one step")
+        if bad := [t for t in self.steps if isinstance(t, bool) or t < 0]: raise UadError(f"restore.t_test: must be 0 or more, not {bad[0]}")
         for k in ("sampler_steps", "n_draws"):
             if getattr(self, k) < 1: raise UadError(f"restore.{k}: must be 1 or more, not {getattr(self, k)}")
-        if self.sampler == "ddim" and self.sampler_steps > self.t_test + 1: raise UadError(f"restore.sampler_steps: {self.sampler_steps} steps do not fit below t_test {self.t_test}: take {self.t_test + 1} or fewer")
+        if self.sampler == "ddim" and self.sampler_steps > (t := min(self.steps)) + 1: raise UadError(f"restore.sampler_steps: {self.sampler_steps} steps do not fit below t_test {t}: take {t + 1} or fewer")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        "The steps of `t_test`, one or several."
+        return (self.t_test,) if isinstance(self.t_test, int) else tuple(self.t_test)
+
+    def check(self, timesteps: int, where: str = "restore"):
+        "Raises `UadError` where a step is outside a schedule of `timesteps`."
+        if (t := max(self.steps)) >= timesteps: raise UadError(f"{where}.t_test: {t} is outside the schedule: choose 0 to {timesteps - 1}")
 
 # %% ../nbs/32_models.ipynb #79dccfc4
 class Denoiser(nn.Module):
@@ -254,12 +280,20 @@ class Denoiser(nn.Module):
 # %% ../nbs/32_models.ipynb #0a181e2c
 class GaussianDDPM(nn.Module):
     "Denoising diffusion model that predicts x_0, with Gaussian noise. Slices x are (B, 1, H, W) in [0, 1]. `restore`: how it restores (a `RestoreConfig`)."
-    Config, learning, restores = GaussianDDPMConfig, dict(lr=1e-5), True
+    Config, learning, restores, restoring = GaussianDDPMConfig, dict(lr=1e-5), True, {}
 
     def __init__(self, config: GaussianDDPMConfig):
         super().__init__()
-        self.config, self.denoiser = config, Denoiser(config)
-        self.restore = RestoreConfig(t_test=min(RestoreConfig.t_test, config.timesteps // 2))        # of a short schedule, the middle
+        self.config, self.denoiser = config, self.network(config)
+        r = RestoreConfig(**self.restoring)
+        first, *more = [t * min(config.timesteps, 1000) // 1000 for t in r.steps]                   # of a short schedule, the same share
+        self.restore = replace(r, t_test=(first, *more) if more else first)
+
+    def network(self, config): return Denoiser(config)
+
+    def seeing(self, x):
+        "The denoiser f(x_t, t) for the slices `x`: of what else it may see of them, see the models that build on this one."
+        return self.denoiser
 
     def noise(self, x, generator, part=(0, 1)):
         "A noise field for each slice of `x`, or one for all when the config shares it: (B or 1, 1, H, W)."
@@ -272,17 +306,21 @@ class GaussianDDPM(nn.Module):
         "Mean |f(x_t, t) - x_0| over the batch, in [-1, 1] units, at random steps t."
         x0 = 2 * x - 1
         t = of_batch(lambda n: torch.randint(self.config.timesteps, (n,), generator=generator, device=generator.device), x, part)
-        return (self.denoiser(q_sample(x0, t, self.noise(x, generator, part), self.config.schedule, self.config.timesteps), t) - x0).abs().mean()
+        return (self.seeing(x)(q_sample(x0, t, self.noise(x, generator, part), self.config.schedule, self.config.timesteps), t) - x0).abs().mean()
 
     @torch.no_grad()
     def reconstruct(self, x, generator):
         "The healthy version of the slices `x`, same shape, as `self.restore` says; by default one step from t_test. Not clipped (released code)."
-        r, x0, draw, more = self.restore, 2 * x - 1, lambda: self.noise(x, generator), (self.config.schedule, self.config.timesteps)
-        def once():
-            if r.sampler == "ancestral": return restore_ancestral(self.denoiser, x0, r.t_test, draw, *more)
-            if r.sampler == "ddim": return restore_ddim(self.denoiser, x0, r.t_test, draw(), r.sampler_steps, *more)
-            return restore_one_step(self.denoiser, x0, r.t_test, draw(), *more)
-        return (sum(once() for _ in range(r.n_draws)) / r.n_draws + 1) / 2
+        r, x0, draw, denoise = self.restore, 2 * x - 1, lambda: self.noise(x, generator), self.seeing(x)
+        found = [self.estimate(denoise, x0, t, draw(), draw) for _ in range(r.n_draws) for t in r.steps]
+        return (sum(found) / len(found) + 1) / 2
+
+    def estimate(self, denoise, x0, t: int, field, draw):
+        "x_0 of slices `x0` in [-1, 1] that were noised to step `t` with `field`, found by `denoise(x_s, s)` and the sampler; `draw()` gives more noise where that needs it."
+        r, more = self.restore, (self.config.schedule, self.config.timesteps)
+        if r.sampler == "ancestral": return restore_ancestral(denoise, x0, t, draw, *more, start=field)
+        if r.sampler == "ddim": return restore_ddim(denoise, x0, t, field, r.sampler_steps, *more)
+        return restore_one_step(denoise, x0, t, field, *more)
 
 class DDPM(GaussianDDPM):
     "The model of Behrendt et al. 2024: simplex noise."
@@ -294,6 +332,7 @@ class DDPM(GaussianDDPM):
         return field / simplex_std(c.octaves, c.persistence) if c.unit_noise else field
 
 MODELS |= dict(ddpm=DDPM, ddpm_gaussian=GaussianDDPM)
+MODELS |= dict(ssim_ae="uad_study.systems:SSIMAE", pddpm="uad_study.systems:PatchDDPM", cddpm="uad_study.systems:ConditionedDDPM")
 
 # %% ../nbs/32_models.ipynb #01e6c03b
 def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
@@ -302,6 +341,11 @@ def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
     settings = {"name": settings} if isinstance(settings, str) else settings
     return from_dict(MODELS[choice(settings.get("name", "ddpm"), MODELS, f"{where}.name")].Config, settings, where)
 
+def restore_config(model: str, settings: dict | None = None, where: str = "restore") -> RestoreConfig:
+    "How the model of that name restores: as its authors do (`restoring`), then `settings` over that. Raises `UadError` where it is no diffusion model."
+    if not MODELS[choice(model, MODELS, "model.name")].restores: raise UadError(f"{where}: the model {model!r} has nothing to set there: remove it")
+    return from_dict(RestoreConfig, MODELS[model].restoring | (settings or {}), where)
+
 def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | None = None) -> nn.Module:
     "The model of `config`, its weights initialised from `seed` without touching the global random state; `restore`: how it restores, for a diffusion model."
     with torch.random.fork_rng(devices=[]):
@@ -309,7 +353,7 @@ def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | Non
         model = MODELS[config.name](config)
     if restore is not None:
         if not model.restores: raise UadError(f"restore: the model {config.name!r} has nothing to set there: remove it")
-        if restore.t_test >= config.timesteps: raise UadError(f"restore.t_test: {restore.t_test} is outside the schedule: choose 0 to {config.timesteps - 1}")
+        restore.check(config.timesteps)
         model.restore = restore
     return model
 

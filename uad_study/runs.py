@@ -152,15 +152,13 @@ def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
     "A checked `Entry` of raw settings. `restore_set`: whether the entry itself says how to restore, which only some models can heed."
     from uad_study.cohort import DataConfig
     from uad_study.judge import ScoreConfig
-    from uad_study.models import MODELS, RestoreConfig, model_config
+    from uad_study.models import MODELS, model_config, restore_config
     from uad_study.train import train_config
     from uad_study.volume import GRID_SHAPE
     model, weights = model_config(parts["model"], where), parts.get("weights", "")
     if (size := getattr(model, "size", GRID_SHAPE[0])) < GRID_SHAPE[0]: raise UadError(f"{where}, model.size: slices have {GRID_SHAPE[0]} pixels, more than {size}: raise it")
-    restores = MODELS[model.name].restores
-    if restore_set and not restores: raise UadError(f"{where}, restore: the model {model.name!r} has nothing to set there: remove it")
-    restore = from_dict(RestoreConfig, parts["restore"], f"{where}, restore") if restores else None
-    if restore and restore.t_test >= model.timesteps: raise UadError(f"{where}, restore.t_test: {restore.t_test} is outside the schedule: choose 0 to {model.timesteps - 1}")
+    restore = restore_config(model.name, parts["restore"], f"{where}, restore") if restore_set or MODELS[model.name].restores else None
+    if restore: restore.check(model.timesteps, f"{where}, restore")
     train, data = train_config(model.name, parts["train"], f"{where}, train"), from_dict(DataConfig, parts["data"], f"{where}, data")
     if weights and data.folds > 1: raise UadError(f"{where}, weights: are of one training: set data.folds to 1")
     if not weights and data.source == "virtual" and data.n_train < 1: raise UadError(f"{where}: has nothing to train on: set data.n_train to at least 1")

@@ -15,7 +15,7 @@ from . import __version__
 from .core import UadError, atomic_dir, digest, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
-from .models import RestoreConfig, model_config, parameter_count
+from .models import MODELS, RestoreConfig, model_config, parameter_count, restore_config
 from .postprocess import erode_mask
 from .prepare import PrepareConfig
 from .reconstruct import reconstruct_volume
@@ -70,12 +70,13 @@ def training_of(run) -> tuple[Path, dict]:
 
 def _evaluation(run: Path) -> tuple[Path | None, dict]:
     "A finished evaluation (of this version) of a training beside it, of several ways to restore the default one, if it is there, and its parameters; (None, {}) without."
-    found, default = [], asdict(RestoreConfig())
+    name, found = read_json(run/"run.json", RUN)["parameters"]["model_config"].get("name", "ddpm"), []
+    default = digest(restore_config(name) if MODELS[name].restores else {})
     for p in sorted(run.parent.glob("evaluate-*/result.json")):
         try: r = read_json(p, RESULT)
         except UadError: continue
         if (r.get("stage"), r.get("version")) == ("evaluate", STAGES["evaluate"]) and (d := r["parameters"].get("train_dir")) and (p.parent/d).resolve() == run.resolve(): found.append((p.parent, r["parameters"]))
-    return min(found, key=lambda f: (f[1].get("restore_config") or default) != default, default=(None, {}))
+    return min(found, key=lambda f: bool(f[1].get("restore_config")) and digest(f[1]["restore_config"]) != default, default=(None, {}))
 
 def _asked(judged: dict) -> str:
     "What an evaluation's settings of scoring and restoring come to, for comparison."

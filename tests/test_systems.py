@@ -1,0 +1,268 @@
+"The systems that build on the first models: each against a plain slow version of its mechanism, and the face that all models have."
+import dataclasses
+import numpy as np, pytest, torch
+from uad_study.core import UadError
+from uad_study.diffusion import q_sample
+from uad_study.models import MODELS, RestoreConfig, build_model, model_config, restore_config
+from uad_study.train import train_config
+
+UNET = dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=2)
+TINY = dict(ssim_ae=dict(channels=[8, 16], latent=16, size=32, window=7), pddpm=UNET | dict(box=16, box_stride=16), cddpm=UNET | dict(encoder="resnet10", encoder_width=.125, features=8))
+g = lambda s=0: torch.Generator().manual_seed(s)
+slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(name, seed=1, restore=None, **more):
+    "A small model of that name whose zero-initialised layers are not zero, and whose batch norms know the scale of what they meet."
+    model = build_model(model_config(TINY[name] | more | dict(name=name)), seed, restore)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms: m.momentum = 1.
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.05)
+        model.train().loss(slices(8, 9), g(9))
+    for m in norms: m.momentum = .1
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_face(name):
+    "Seeds decide everything, global randomness is left alone, shapes stay, processes draw for the whole batch, and checkpoints hold all there is."
+    before, x, model = torch.random.get_rng_state(), slices(), tiny(name)
+    twin = tiny(name)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values()))
+    for m in (model, twin): m.train()
+    assert model.loss(x, g(0)).item() == twin.loss(x, g(0)).item() != twin.loss(x, g(1)).item()
+    model.eval(); twin.load_state_dict(model.state_dict()); twin.eval()
+    assert model.reconstruct(x, g(5)).shape == x.shape and torch.equal(model.reconstruct(x, g(5)), twin.reconstruct(x, g(5)))
+    assert not model.reconstruct(x, g(5)).requires_grad and torch.equal(before, torch.random.get_rng_state())
+    four, model = slices(4, 2).double(), model.double()
+    assert sum(model.loss(four[2 * i:2 * i + 2], g(3), (i, 2)).item() for i in (0, 1)) / 2 == pytest.approx(model.loss(four, g(3)).item(), rel=1e-6)
+    assert set(dataclasses.asdict(model.config)) == {f.name for f in dataclasses.fields(MODELS[name].Config)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_weight_learns(name):
+    model = tiny(name).train()
+    model.loss(slices(), g()).backward()
+    assert not [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum() > 0)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_half_precision_learns_the_same(name):
+    model = tiny(name).train()
+    with torch.autocast("cpu", torch.bfloat16): half = model.loss(slices(4), g(1))
+    half.backward()
+    assert half.item() == pytest.approx(model.loss(slices(4), g(1)).item(), rel=.01) and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(name="ssim_ae", window=4), "model.window: must be odd, and 3 to 95, not 4"), (dict(name="ssim_ae", window=97), "model.window"), (dict(name="ssim_ae", window_sigma=0), "model.window_sigma: must be more than 0"),
+    (dict(name="ssim_ae", data_range=-1), "model.data_range"), (dict(name="ssim_ae", windw=7), "did you mean 'window'"),
+    (dict(name="pddpm", box=97), "model.box: squares of 97 pixels do not fit into slices of (96, 96)"), (dict(name="pddpm", box=24), "model.box_stride: must be 1 to 24"), (dict(name="pddpm", box_stride=0), "model.box_stride"),
+    (dict(name="pddpm", stitch="mean"), "model.stitch: 'mean' is unknown"), (dict(name="pddpm", places="gird"), "did you mean 'grid'"),
+    (dict(name="cddpm", encoder="resnet51"), "did you mean 'resnet50'"), (dict(name="cddpm", encoder_width=.01), "model.encoder_width: must be at least 1/64"), (dict(name="cddpm", features=0), "model.features: must be 1 or more"),
+])
+def test_bad_settings_are_one_line(settings, words):
+    with pytest.raises(UadError) as e: model_config(settings)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_learning_is_that_of_the_authors():
+    c = train_config("ssim_ae")
+    assert (c.lr, c.weight_decay, c.lr_schedule) == (2e-4, 1e-5, "constant") and not MODELS["ssim_ae"].restores
+    assert train_config("pddpm") == train_config("ddpm") and restore_config("pddpm") == RestoreConfig(t_test=500) and model_config("pddpm").box == 48
+    c, r = train_config("cddpm"), restore_config("cddpm")
+    assert (c.lr, c.steps, c.augment) == (1e-5, 14400, True) and r.steps == (250, 500, 750) and restore_config("cddpm", dict(n_draws=2)).steps == r.steps and restore_config("cddpm", dict(t_test=90)).steps == (90,)
+    assert tiny("cddpm").restore == r and tiny("cddpm", timesteps=200).restore.steps == (50, 100, 150) and tiny("pddpm", timesteps=200).restore.t_test == 100
+
+
+def test_the_ssim_loss_equals_one_window_at_a_time():
+    from scipy.signal.windows import gaussian
+    model, x, y = tiny("ssim_ae", data_range=.8), slices(2, 3).double(), slices(2, 4).double()
+    w = np.outer(gaussian(7, 1.5), gaussian(7, 1.5)); w /= w.sum()
+    found = []
+    for a, b in zip(x[:, 0].numpy(), y[:, 0].numpy()):
+        for i in range(32 - 6):
+            for j in range(32 - 6):
+                p, q = a[i:i + 7, j:j + 7], b[i:i + 7, j:j + 7]
+                m, n = (w * p).sum(), (w * q).sum()
+                found.append((2 * m * n + .008**2) * (2 * (w * (p - m) * (q - n)).sum() + .024**2) / ((m * m + n * n + .008**2) * ((w * (p - m)**2).sum() + (w * (q - n)**2).sum() + .024**2)))
+    assert float(model.distance(x, y)) == pytest.approx(1 - np.mean(found), abs=2e-6)
+    with torch.autocast("cpu", torch.bfloat16): assert float(model.distance(x, y)) == pytest.approx(1 - np.mean(found), abs=2e-6)
+
+
+def one_square_at_a_time(model, x, generator, t):
+    "pDDPM by loops: each square of a slice noised by itself, restored, and put (or averaged) into its place."
+    c, x0, n = model.config, 2 * x - 1, x.shape[-1]
+    field, steps = model.noise(x, generator), -(-(n - c.box) // c.box_stride)
+    starts = [round(i * (n - c.box) / steps) for i in range(steps + 1)] if steps else [0]
+    corners, out = [(i, j) for i in starts for j in starts], torch.zeros_like(x)
+    found, at = {}, torch.full((1,), t)
+    for i, j in corners:
+        for b in range(len(x)):
+            seen = x0[b:b + 1].clone()
+            seen[..., i:i + c.box, j:j + c.box] = q_sample(x0[b:b + 1], at, field[b:b + 1])[..., i:i + c.box, j:j + c.box]
+            found[i, j, b] = model.denoiser(seen, at)[0, 0]
+    for b in range(len(x)):
+        for p in range(n):
+            for q in range(n):
+                over = [(i, j) for i, j in corners if i <= p < i + c.box and j <= q < j + c.box]
+                middle = lambda s: (abs(p - s[0] - (c.box - 1) / 2), abs(q - s[1] - (c.box - 1) / 2))
+                if c.stitch == "cut": over = [min(over, key=lambda s: (middle(s)[0]**2 + middle(s)[1]**2, s))]
+                out[b, 0, p, q] = sum(found[i, j, b][p, q] for i, j in over) / len(over)
+    return (out + 1) / 2
+
+
+@pytest.mark.parametrize("more", [dict(), dict(box_stride=6, stitch="cut"), dict(box_stride=9, stitch="average"), dict(box=32, box_stride=32), dict(box=11, box_stride=5, stitch="average")])
+def test_pddpm_equals_one_square_at_a_time(more):
+    model, x = tiny("pddpm", restore=RestoreConfig(t_test=300), **more), slices(2, 5)
+    with torch.no_grad(): torch.testing.assert_close(model.reconstruct(x, g(7)), one_square_at_a_time(model, x, g(7), 300), rtol=1e-4, atol=1e-4)
+
+
+def test_a_square_as_large_as_the_slice_is_a_ddpm():
+    x, pddpm = slices(3, 5), tiny("pddpm", box=32, box_stride=32)
+    ddpm = build_model(model_config(UNET | dict(name="ddpm")), 1).eval()
+    ddpm.load_state_dict(pddpm.state_dict())
+    for r in (RestoreConfig(n_draws=2), RestoreConfig(t_test=8, sampler="ancestral"), RestoreConfig(t_test=(90, 200), sampler="ddim", sampler_steps=3)):
+        pddpm.restore = ddpm.restore = r
+        assert torch.equal(pddpm.reconstruct(x, g(1)), ddpm.reconstruct(x, g(1)))
+    assert pddpm.loss(x, g(2)).item() == pytest.approx(ddpm.loss(x, g(2)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("places", ["grid", "anywhere"])
+@pytest.mark.parametrize("sampler", [None, "one_step", "ancestral", "ddim"])
+def test_only_one_square_is_ever_noised(places, sampler):
+    "In training (None) and under every sampler, whatever else the chain does; the loss is of the square alone."
+    model, x, seen, given = tiny("pddpm", places=places), slices(4, 6), [], []
+    model.denoiser.register_forward_pre_hook(lambda m, a: seen.append(a))
+    model.denoiser.register_forward_hook(lambda m, a, out: given.append(out))
+    if sampler: model.restore = RestoreConfig(t_test=20, sampler=sampler, sampler_steps=4); model.reconstruct(x, g(1))
+    else: loss = model.loss(x, g(1))
+    assert len(seen) == {None: 1, "one_step": 4, "ancestral": 4 * 21, "ddim": 4 * 4}[sampler]
+    corners = set()
+    for x_t, t in seen:
+        for b in range(4):
+            rows, columns = (torch.nonzero((x_t[b, 0] != 2 * x[b, 0] - 1).any(d)).flatten().tolist() for d in (1, 0))
+            assert rows[-1] - rows[0] < 16 and columns[-1] - columns[0] < 16 and (x_t[b, 0] != 2 * x[b, 0] - 1).sum() <= 256
+            corners.add((rows[0], columns[0]))
+    if sampler or places == "grid": assert corners <= {(i, j) for i in (0, 16) for j in (0, 16)}
+    if sampler: assert len(corners) == 4
+    else:
+        inside = seen[0][0] != 2 * x - 1
+        assert inside.sum() == 4 * 256 and loss.item() == pytest.approx((given[0] - (2 * x - 1)).abs()[inside].mean().item(), rel=1e-5)
+
+
+def test_squares_anywhere_are_uniform():
+    model, n = tiny("pddpm", places="anywhere"), 4000
+    inside = model.squares(torch.zeros(n, 1, 32, 32), g(0))
+    first = inside.flatten(1).int().argmax(1)
+    for start in (first // 32, first % 32): assert start.min() == 0 and start.max() == 16 and abs(torch.bincount(start) / n * 17 - 1).max() < .35
+    assert (inside.sum((1, 2, 3)) == 256).all()
+
+
+def test_what_a_square_hid_is_not_seen_in_it():
+    "At the last step (alpha-bar 2.4e-9 of the cosine schedule) a square's restoration depends on its surroundings, not on what was in it."
+    model, x = tiny("pddpm", restore=RestoreConfig(t_test=999)), slices(1, 8)
+    other = x.clone(); other[..., :16, :16] = 1 - other[..., :16, :16]
+    a, b = model.reconstruct(x, g(2)), model.reconstruct(other, g(2))
+    assert (a - b)[..., :16, :16].abs().max() < 1e-2 * (a - b)[..., 16:, :].abs().max()
+
+
+def test_slices_too_small_for_the_square():
+    with pytest.raises(UadError, match="squares of 16 pixels do not fit into slices of"): tiny("pddpm").reconstruct(slices()[..., :8, :8], g())
+
+
+def test_cddpm_equals_the_unet_block_by_block():
+    "The features of the clean slice go through two dense layers and are added to the time embedding; all else is MONAI's U-Net."
+    from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
+    model, x, t = tiny("cddpm"), slices(2, 5), torch.tensor([3, 700])
+    x_t, u = q_sample(2 * x - 1, t, model.noise(x, g(1))), model.denoiser.unet
+    with torch.no_grad():
+        emb = u.time_embed(get_timestep_embedding(t, 16)) + u.class_embedding(model.encoder(x))
+        h = u.conv_in(torch.nn.functional.pixel_unshuffle(x_t, 2)); kept = [h]
+        for block in u.down_blocks:
+            h, more = block(hidden_states=h, temb=emb, context=None)
+            kept += more
+        h = u.middle_block(hidden_states=h, temb=emb, context=None)
+        for block in u.up_blocks:
+            n = len(block.resnets)
+            h, kept = block(hidden_states=h, res_hidden_states_list=kept[-n:], temb=emb, context=None), kept[:-n]
+        torch.testing.assert_close(model.seeing(x)(x_t, t), torch.nn.functional.pixel_shuffle(u.out(h), 2), rtol=1e-5, atol=1e-5)
+
+
+def test_cddpm_without_its_features_is_a_ddpm():
+    model, x = tiny("cddpm", restore=RestoreConfig(n_draws=2)), slices()
+    ddpm = build_model(model_config(UNET | dict(name="ddpm")), 1, RestoreConfig(n_draws=2)).eval()
+    ddpm.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith("denoiser") and "class_embedding" not in k})
+    assert (model.reconstruct(x, g(3)) - ddpm.reconstruct(x, g(3))).abs().max() > 1e-3
+    for p in model.denoiser.unet.class_embedding[-1].parameters(): p.data.zero_()
+    assert torch.equal(model.reconstruct(x, g(3)), ddpm.reconstruct(x, g(3))) and model.loss(x, g(4)).item() == ddpm.loss(x, g(4)).item()
+
+
+def test_restorations_of_several_steps_are_averaged():
+    "Each from noise of its own, drawn in order; the encoder looks once, at the clean slice."
+    model, x, seen = tiny("cddpm", restore=RestoreConfig(t_test=(250, 500, 750), n_draws=2)), slices(), []
+    model.encoder.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    together, gen = model.reconstruct(x, g(6)), g(6)
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    with torch.no_grad():
+        apart = [model.denoiser(q_sample(2 * x - 1, torch.full((3,), t), model.noise(x, gen)), torch.full((3,), t), model.encoder(x)) for _ in range(2) for t in (250, 500, 750)]
+    torch.testing.assert_close(together, (sum(apart) / 6 + 1) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings, words", [(dict(t_test=[250, 1000]), "restore.t_test: 1000 is outside the schedule: choose 0 to 999"), (dict(t_test=[]), "restore.t_test: is empty"), (dict(t_test=[5, -1]), "restore.t_test: must be 0 or more, not -1"),
+                                             (dict(t_test=[True]), "t_test"), (dict(t_test=[2.5]), "t_test"), (dict(t_test="500"), "t_test"), (dict(t_test=[600, 5], sampler="ddim"), "steps do not fit below t_test 5: take 6 or fewer")])
+def test_bad_steps_are_one_line(settings, words):
+    with pytest.raises(UadError) as e: restore_config("cddpm", settings).check(1000)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_all_networks_of_the_encoder_build():
+    for encoder, millions in (("resnet10", 5), ("resnet18", 11), ("resnet34", 21), ("resnet50", 24)):
+        with torch.device("meta"): net = MODELS["cddpm"](model_config(UNET | dict(name="cddpm", encoder=encoder))).encoder
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
+    assert tiny("cddpm").encoder(slices(2)).shape == (2, 8)
+
+
+STUDY = """format: uad-study/1
+data: {source: virtual, contrasts: [T2w], pathologies: [tumour], folds: 1, n_train: 2, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 1}
+models:
+  - {name: ssim_ae, channels: [8, 16, 16], latent: 16}
+  - {name: pddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4}
+  - {name: cddpm, channels: [16, 32], num_res_blocks: 1, num_head_channels: 32, norm_num_groups: 16, patch: 4, encoder: resnet10, encoder_width: 0.125, features: 8}
+train: {steps: 4, batch_size: 2, lr: 0.001, val_every: 2, val_slices: 4}
+scores: {names: [l1, ssim_ens]}
+variants:
+  - {of: cddpm, restore: {t_test: 500}}
+report: {steps_val: 1, steps_test: 1, post_val: 0, post_test: 0}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_systems(tmp_path):
+    "From training to table, with the restorations that each model's authors choose; exported weights restore as they do."
+    from conftest import uad
+    from uad_study.results import open_results
+    from uad_study.labs import restored_at
+    from uad_study.viewer import restored_models
+    from uad_study.weights import export_weights, load_weights
+    (tmp_path/"s.yaml").write_text(STUDY)
+    r = uad("run", "s.yaml", "--out", tmp_path/"out", cwd=tmp_path)
+    assert r.returncode == 0, r.stderr + r.stdout
+    results = open_results(tmp_path/"out")
+    labels = ["ssim_ae", "pddpm", "cddpm", "cddpm, t_test 500"]
+    assert results.models == labels[:3] and set(results.table.model) == {*labels, "perfect map"} and results.table.dice.notna().any()
+    assert [q["parameters"]["restore_config"].get("t_test") for q in results.evaluations] == [None, 500, [250, 500, 750], 500]
+    assert [m.label for m in restored_models(results)] == ["T2w " + l for l in labels]
+    train, = (tmp_path/"out").glob("train-*cddpm*")
+    assert export_weights(train, tmp_path/"weights")["restore"]["t_test"] == (250, 500, 750)
+    assert load_weights(tmp_path/"weights").model.restore.steps == (250, 500, 750)
+    assert sorted(restored_at(results, "cddpm", int(next(iter(results.cohort.select("test")))), steps=(50, 500))) == [50, 500]                # the lab takes one level at a time
