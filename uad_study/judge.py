@@ -67,6 +67,11 @@ class ScoreConfig:
         "Its scores that need several restorations of a volume."
         return tuple(n for n in self.names if n in DRAWN)
 
+    def without_drawn(self):
+        "The same without these scores and their settings. Raises `UadError` when no score is left."
+        if self.drawn == self.names: raise UadError(f"scores.names: {self.drawn[0]} compares a scan with several restorations, but the model restores always the same: remove it, or name another score, too")
+        return replace(self, names=tuple(n for n in self.names if n not in DRAWN), draws=ScoreConfig.draws, mahalanobis_reg=ScoreConfig.mahalanobis_reg)
+
 # %% ../nbs/39_judge.ipynb #1b7040f1
 def maps_of_volume(image, x_hat, brain_mask, names, config: ScoreConfig, draws=None) -> dict:
     "The anomaly maps (H, W, D) of an image and its restoration for the scores `names`, before post-processing. `draws`: further restorations (n, H, W, D), for the scores of `scores.DRAWN`."

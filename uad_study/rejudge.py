@@ -89,7 +89,11 @@ def judge_again(source, out, changes: dict | None = None, suffix: str = "", repo
     for i, (d, e, t, label) in enumerate(zip(old.evaluate_dirs, old.evaluations, old.trainings, old.labels)):
         q, cohort_dir, (kept, step) = e["parameters"], d/old.places[i]["cohort_dir"], old.kept(i)
         if old.places[i]["maps"]: raise UadError(f"{d}: judged maps, which can't be scored anew: judge them again with --maps")
-        parameters = dict(label=f"{label}, {suffix}" if suffix else label, contrast=q["contrast"], fold=q["fold"], score_config=_plain(from_dict(ScoreConfig, (q.get("score_config") or {}) | (changes or {}), "--set")),
+        config = from_dict(ScoreConfig, (q.get("score_config") or {}) | (changes or {}), "--set")
+        if config.drawn and t and not q.get("restore_config"):
+            if tell: tell(f"left out for {label}, which restores always the same: {' and '.join(config.drawn)}")
+            config = config.without_drawn()
+        parameters = dict(label=f"{label}, {suffix}" if suffix else label, contrast=q["contrast"], fold=q["fold"], score_config=_plain(config),
                           restore_config=q.get("restore_config") or {}, report_config=_plain(from_dict(ReportConfig, (q.get("report_config") or {}) | (report or {}), "report")), perfect=q.get("perfect", False))
         parameters |= {k: q[k] for k in ("judged",) if k in q}
         rows = None if t else sorted(kept_rows(kept))

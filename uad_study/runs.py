@@ -175,9 +175,8 @@ def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
     for k in ("draws", "mahalanobis_reg"):
         if k in given and not c.drawn and (k in own or restores): raise UadError(f"{where}, scores.{k}: is for the scores mahalanobis and ssim_mahalanobis: name one in scores.names, or remove it")
     if restores: return c
-    kept = tuple(n for n in c.names if n not in c.drawn)
-    if c.drawn and ("names" in own or not kept): raise UadError(f"{where}, scores.names: {c.drawn[0]} compares a scan with several restorations, and the model {model!r} restores always the same: remove it")
-    return replace(c, names=kept, draws=ScoreConfig.draws, mahalanobis_reg=ScoreConfig.mahalanobis_reg)
+    if c.drawn and ("names" in own or c.drawn == c.names): raise UadError(f"{where}, scores.names: {c.drawn[0]} compares a scan with several restorations, and the model {model!r} restores always the same: remove it")
+    return c.without_drawn()
 
 def _say_left_out(raw: dict, where: str, entries):
     "Tell once which scores of the section `scores` are left out for which entries."

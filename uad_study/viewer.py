@@ -105,7 +105,8 @@ def restored_models(results: Results) -> list[Restored]:
         if places.get("maps"):
             maps = {n: {int(r): results.evaluate_dirs[i]/f for r, f in files.items() if (results.evaluate_dirs[i]/f).is_file()} for n, files in places["maps"].items()}
         else:
-            further = (config := results.score_config(name)).draws - 1 if config.drawn else None
+            config = results.score_config(name)
+            further = config.draws - 1 if config.drawn else 0
             for d in sorted(p for kind in ("reconstructions-*", "draws-*") for p in folder.glob(kind)):
                 v, info = open_reconstructions(d)
                 if info["step"] != step or (info.get("restore") or {}) != (q.get("restore_config") or {}) or e["results"].get("checkpoint_sha256") not in (None, info.get("checkpoint_sha256")): continue
