@@ -50,7 +50,7 @@ def row(pixels: int, rounds: int = 3) -> list:
 
 def written(rows, p) -> str:
     table = "\n".join(f"| {n:,} | {gap:.0e} | {a:.2f} | {b:.2f} | {1000 * c:.2f} | {1000 * d:.2f} | {a / d:,.0f} | {b / d:,.0f} |" for n, gap, a, b, c, d in rows)
-    return (f"Measured by `python benchmarks/mahalanobis.py`, {p['time'][:10]}, commit {(p['commit'] or 'unknown')[:12]}: {p['cores']} cores ({p['machine']}), Python {p['python']}, torch {p['packages']['torch']}, one thread.\n\n"
+    return (f"Measured by `python benchmarks/mahalanobis.py`, {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}: {p['cores']} cores ({p['machine']}), Python {p['python']}, torch {p['packages']['torch']}, one thread.\n\n"
             f"The distance of each brain pixel of a slice to K = {K} restorations: the matrix of all pixels inverted, against a K x K system (Woodbury), alone and in a volume of {SLICES} slices.\n\n"
             f"| brain pixels | largest difference, relative | full, float64, s a slice | full, float32, s a slice | ours, one slice, ms | ours, in a volume, ms a slice | ratio to float64 | ratio to float32 |\n|---|---|---|---|---|---|---|---|\n{table}\n")
 
