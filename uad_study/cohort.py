@@ -313,18 +313,18 @@ def augment_slices(x: "torch.Tensor", *seed_parts, p: dict = AUGMENTATIONS) -> "
 # %% ../nbs/13_cohort.ipynb #32097ebd
 RECONSTRUCTIONS = "uad-reconstructions/1"
 
-def write_reconstructions(folder, rows, volumes, info: dict, tick=None):
-    "Write the reconstructions of cohort rows `rows`, from the iterable `volumes` of (H, W, D) arrays, to `folder`, whole or not at all."
+def write_reconstructions(folder, rows, volumes, info: dict, tick=None, draws: int = 0):
+    "Write the reconstructions of cohort rows `rows`, from the iterable `volumes` of (H, W, D) arrays, to `folder`, whole or not at all. With `draws`, arrays of so many, (draws, H, W, D), in half precision."
     rows = [int(r) for r in rows]
     with atomic_dir(folder) as tmp:
-        out = new_array(tmp/"reconstructions.npy", (len(rows), *GRID_SHAPE), np.float32)
+        out = new_array(tmp/"reconstructions.npy", (len(rows), *([draws] if draws else []), *GRID_SHAPE), np.float16 if draws else np.float32)
         for i, v in enumerate(volumes):
             out[i] = v
             if tick: tick(i + 1, len(rows))
         out.flush()
-        write_json(tmp/"reconstructions.json", {"rows": rows, **info}, RECONSTRUCTIONS)
+        write_json(tmp/"reconstructions.json", {"rows": rows, **info} | ({"draws": draws} if draws else {}), RECONSTRUCTIONS)
 
 def open_reconstructions(folder) -> tuple[dict[int, np.ndarray], dict]:
-    "Reconstructions by cohort row ({row: (H, W, D) memory-mapped}), and the info they were written with."
+    "Reconstructions by cohort row ({row: (H, W, D), or (draws, H, W, D), memory-mapped}), and the info they were written with."
     info = read_json(Path(folder)/"reconstructions.json", RECONSTRUCTIONS)
     return dict(zip(info["rows"], open_array(Path(folder)/"reconstructions.npy", len(info["rows"])))), info

@@ -17,7 +17,7 @@ from .dataset import bids_label
 from .judge import ScoreConfig, judge, maps_of_reconstruction, maps_of_truth, perfect_names, sweep
 from .models import RestoreConfig
 from .reconstruct import reconstruct_cohort
-from .scores import ssim_map
+from .scores import PLAIN, ssim_map
 from .train import load_model
 from .volume import GRID_AFFINE, save_volume
 
@@ -67,7 +67,7 @@ def evaluate_maps(cohort: Cohort, contrast: str, fold: int, maps_of, names, fold
     folder, rows = Path(folder), rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}
     if not len(rows["test"]): raise UadError(f"{cohort.folder}: has no {contrast} volumes in split 'test' of fold {fold}")
     few = {s: np.intersect1d(r, rows[s]) for s, r in few_rows(cohort, fold, contrast, report.post_val, report.post_test).items()}
-    swept = [n for n in names if n not in ("intensity", "intensity_dark", "l2", "ssim_uniform")]
+    swept = [n for n in names if n not in (*PLAIN, "l2", "ssim_uniform")]
     parts = []
     def one(maps_of, names, swept, model, where):
         def chosen(names):
@@ -87,13 +87,13 @@ def write_tables(folder, tables: dict[str, pd.DataFrame]):
 
 # %% ../nbs/40_evaluate.ipynb #ff045281
 def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict, folder, config: ScoreConfig = ScoreConfig(), label: str = "restorations", perfect: bool = True,
-                          report: ReportConfig = ReportConfig(), snapshots: dict | None = None, tick=None) -> dict[str, pd.DataFrame]:
+                          report: ReportConfig = ReportConfig(), snapshots: dict | None = None, tick=None, draws: dict | None = None) -> dict[str, pd.DataFrame]:
     """Judge restorations {row: (H, W, D)} by every score of `config`; the volumes are those of the contrast that `x_hat` holds. Writes the tables of `evaluate_maps`, and restorations.csv and steps.csv, to `folder`; returns them.
 
-    `snapshots`: {training step: function (rows) -> restorations}, of which l1 and SSIM-ens are judged on a few volumes."""
+    `snapshots`: {training step: function (rows) -> restorations}, of which l1 and SSIM-ens are judged on a few volumes. `draws`: {row: (config.draws - 1, H, W, D)}, further restorations, for scores that need several."""
     names, table = config.names_for(contrast), cohort.table
     rows = {s: np.array([r for r in cohort.select(s, fold, contrast=contrast) if r in x_hat], int) for s in ("val", "test")}
-    tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), names, folder, config, label, perfect, report, tick, rows)
+    tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config, draws and draws[r]), names, folder, config, label, perfect, report, tick, rows)
     split = {int(r): s for s in rows for r in rows[s]}
     tables["restorations"] = pd.DataFrame([dict(model=label, contrast=contrast, fold=fold, subject_id=table.subject_id.iloc[r], pathology=table.pathology.iloc[r], split=split[r]) | restoration_quality(cohort, r, x_hat[r])
                                            for r in split])
@@ -114,18 +114,21 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
     `label`: what the tables call it (default: the model's name); `restore`: how a diffusion model restores."""
     train_dir = Path(train_dir)
     model, info = load_model(train_dir/"best.pt", device)
-    restored = lambda file: lambda rs: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}")))
+    restored = lambda file, draws=0: lambda rs: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, draws=draws, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}{', further draws' * bool(draws)}")))
     rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
-    x_hat = restored(train_dir/"best.pt")(rows)
+    x_hat, draws = restored(train_dir/"best.pt")(rows), restored(train_dir/"best.pt", config.draws - 1)(rows) if config.drawn else None
     snapshots = {int(f.stem.split("-")[1]): restored(f) for f in sorted(train_dir.glob("snapshot-*.pt"))} | {info["step"]: lambda rs: x_hat}
-    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label or model.config.name, perfect, report, snapshots, tick)
+    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label or model.config.name, perfect, report, snapshots, tick, draws)
 
 # %% ../nbs/40_evaluate.ipynb #63ca3185
-def kept_restorations(train_dir, rows, step: int, restore: dict | None = None, checkpoint: str | None = None) -> dict[int, np.ndarray] | None:
-    "The restorations of cohort rows by the weights of a training step (of SHA-256 `checkpoint`, where that is known) that are kept in `train_dir`, made as `restore` says; None where they are not."
-    for folder in sorted(Path(train_dir).glob("reconstructions-*")):
+def kept_restorations(train_dir, rows, step: int, restore: dict | None = None, checkpoint: str | None = None, draws: int = 0) -> dict[int, np.ndarray] | None:
+    """The restorations of cohort rows by the weights of a training step (of SHA-256 `checkpoint`, where that is known) that are kept in `train_dir`, made as `restore` says; None where they are not.
+
+    `draws`: instead, so many further ones of each, (draws, H, W, D)."""
+    for folder in sorted(Path(train_dir).glob("draws-*" if draws else "reconstructions-*")):
         volumes, info = open_reconstructions(folder)
-        if info["step"] == step and (info.get("restore") or {}) == (restore or {}) and checkpoint in (None, info.get("checkpoint_sha256")) and set(map(int, rows)) <= set(volumes): return {int(r): volumes[int(r)] for r in rows}
+        if info["step"] == step and (info.get("restore") or {}) == (restore or {}) and checkpoint in (None, info.get("checkpoint_sha256")) and info.get("draws", 0) >= draws and set(map(int, rows)) <= set(volumes):
+            return {int(r): volumes[int(r)][:draws] if draws else volumes[int(r)] for r in rows}
     return None
 
 def evaluate_again(cohort: Cohort, contrast: str, fold: int, train_dir, best_step: int, folder, config: ScoreConfig, label: str, restore: dict | None = None, perfect: bool = True,
@@ -134,10 +137,12 @@ def evaluate_again(cohort: Cohort, contrast: str, fold: int, train_dir, best_ste
     if rows is None: rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
     x_hat = kept_restorations(train_dir, rows, best_step, restore, checkpoint)
     if x_hat is None: raise UadError(f"{train_dir}: keeps no restorations of these volumes: run the study again, or name the folder of the results it was run in")
+    draws = kept_restorations(train_dir, rows, best_step, restore, checkpoint, config.draws - 1) if config.drawn else None
+    if config.drawn and draws is None: raise UadError(f"{train_dir}: keeps no {config.draws} restorations of each volume, which {config.drawn[0]} needs: run a study with this score in scores.names, or judge without it")
     few = few_rows(cohort, fold, contrast, report.steps_val, report.steps_test)
     steps = {info["step"] for f in Path(train_dir).glob("reconstructions-*") for info in [open_reconstructions(f)[1]]} - {best_step}
     snapshots = {s: (lambda rs, kept=kept: kept) for s in sorted(steps) if len(few["val"]) and len(few["test"]) and (kept := kept_restorations(train_dir, np.concatenate([few["val"], few["test"]]), s, restore))}
-    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label, perfect, report, snapshots | {best_step: lambda rs: x_hat}, tick)
+    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label, perfect, report, snapshots | {best_step: lambda rs: x_hat}, tick, draws)
 
 # %% ../nbs/40_evaluate.ipynb #d2c08295
 def find_files(folder, cohort: Cohort, rows) -> dict[int, Path]:

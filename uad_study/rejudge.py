@@ -14,8 +14,9 @@ from pathlib import Path
 from .core import UadError, choice, digest, file_sha256, from_dict, os_error, read_json, remove_leftovers, write_json
 from .cohort import Cohort, merge_cohorts, open_reconstructions, prepared_cohorts, write_reconstructions
 from .evaluate import ReportConfig, evaluate_again, evaluate_maps, find_files, needed_rows, write_tables
-from .judge import ScoreConfig
+from .judge import ScoreConfig, maps_of_reconstruction
 from .results import PLACES, Results, gather
+from .scores import PLAIN
 from .runs import RESULT, RUN, STAGES, Ticker, _plain, provenance, slug
 from .volume import GRID_AFFINE, load_map
 
@@ -88,7 +89,11 @@ def judge_again(source, out, changes: dict | None = None, suffix: str = "", repo
     for i, (d, e, t, label) in enumerate(zip(old.evaluate_dirs, old.evaluations, old.trainings, old.labels)):
         q, cohort_dir, (kept, step) = e["parameters"], d/old.places[i]["cohort_dir"], old.kept(i)
         if old.places[i]["maps"]: raise UadError(f"{d}: judged maps, which can't be scored anew: judge them again with --maps")
-        parameters = dict(label=f"{label}, {suffix}" if suffix else label, contrast=q["contrast"], fold=q["fold"], score_config=_plain(from_dict(ScoreConfig, (q.get("score_config") or {}) | (changes or {}), "--set")),
+        config = from_dict(ScoreConfig, (q.get("score_config") or {}) | (changes or {}), "--set")
+        if config.drawn and t and not q.get("restore_config"):
+            if tell: tell(f"left out for {label}, which restores always the same: {' and '.join(config.drawn)}")
+            config = config.without_drawn()
+        parameters = dict(label=f"{label}, {suffix}" if suffix else label, contrast=q["contrast"], fold=q["fold"], score_config=_plain(config),
                           restore_config=q.get("restore_config") or {}, report_config=_plain(from_dict(ReportConfig, (q.get("report_config") or {}) | (report or {}), "report")), perfect=q.get("perfect", False))
         parameters |= {k: q[k] for k in ("judged",) if k in q}
         rows = None if t else sorted(kept_rows(kept))
@@ -136,7 +141,7 @@ def score_folders(folder) -> dict[str, Path]:
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if [p for p in folder.glob("*.nii*")] or not inside or all(p.name.startswith("sub-") for p in inside): return {"map": folder}
     for p in inside:
-        if p.name in ("intensity", "intensity_dark", "ssim_val") or p.name.startswith("truth"): raise UadError(f"{p}: the name {p.name!r} is taken: rename the folder")
+        if p.name in (*PLAIN, "ssim_val") or p.name.startswith("truth"): raise UadError(f"{p}: the name {p.name!r} is taken: rename the folder")
     return {p.name: p for p in inside}
 
 def fold_folders(folder, fold: int) -> dict[int, Path]:
@@ -173,7 +178,7 @@ def judge_files(source, out, folder, what: str = "maps", model: str = "maps", co
     return _finish(Path(out), f"{model}, judged on {cohort.info['source']} volumes", model, made)
 
 # %% ../nbs/48_rejudge.ipynb #5420fb31
-NOT_OF_MAPS = ("names", "sigmas", "temperature", "kernel_dims", "masked", "search_both")
+NOT_OF_MAPS = ("names", "sigmas", "temperature", "kernel_dims", "masked", "search_both", "draws", "mahalanobis_reg")
 "The settings of `ScoreConfig` that mean nothing to maps which are there already."
 
 def _judge_files(cohort, out, found: dict, what, model, contrast, fold, changes, report) -> Path:
@@ -192,9 +197,9 @@ def _judge_files(cohort, out, found: dict, what, model, contrast, fold, changes,
             files = found[""]
             write_reconstructions(folder/"reconstructions-given", everything, (_restoration(files[r], affine) for r in everything), {"step": 0})
             return evaluate_again(cohort, contrast, fold, folder, 0, folder, config, model, {}, True, extra, tick, everything)
-        names = (*found, *(n for n in config.names_for(contrast) if n.startswith("intensity")))
-        def maps_of(r): return {n: _anomaly(f[r], affine, np.asarray(cohort.brain_masks[r])) for n, f in found.items()} | {"intensity": np.asarray(cohort.images[r]), "intensity_dark": 1 - np.asarray(cohort.images[r])}
-        tables = evaluate_maps(cohort, contrast, fold, maps_of, names, folder, config, model, True, extra, tick, first)
+        plain = [n for n in config.names_for(contrast) if n in PLAIN]
+        def maps_of(r): return {n: _anomaly(f[r], affine, np.asarray(cohort.brain_masks[r])) for n, f in found.items()} | maps_of_reconstruction(cohort, r, cohort.images[r], plain, config)
+        tables = evaluate_maps(cohort, contrast, fold, maps_of, (*found, *plain), folder, config, model, True, extra, tick, first)
         write_tables(folder, tables)
         return tables
     places = dict(cohort_dir=cohort.folder) | (dict(maps={n: {r: f[r] for r in everything} for n, f in found.items()}) if what == "maps" else {})

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from . import __version__
-from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, from_dict, nearest, os_error, read_json, read_yaml, remove_leftovers, Stopped, STOP_FILE, STOP_SIGNALS, write_json
+from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, from_dict, log, nearest, os_error, plain_settings, read_json, read_yaml, remove_leftovers, Stopped, STOP_FILE, STOP_SIGNALS, write_json
 
 # %% ../nbs/41_runs.ipynb #5e1c0a7d
 SLURM_OWN = ("job-name", "array", "dependency", "kill-on-invalid-dep", "signal", "output", "error", "open-mode", "partition", "account", "qos", "time", "gres", "cpus-per-task", "mem", "nodes", "requeue")
@@ -127,10 +127,11 @@ def read_study(study) -> Study:
     if raw.get("format") != STUDY: raise UadError(f"{where}: is of format {raw.get('format')!r}, but {STUDY!r} is needed: write the line 'format: {STUDY}'")
     checked = {k: from_dict(c, raw.get(k) or {}, f"{where}, {k}") for k, c in dict(data=DataConfig, prepare=PrepareConfig, train=TrainConfig, restore=RestoreConfig, scores=ScoreConfig, report=ReportConfig, engine=EngineConfig).items()}
     entries = _variants(raw, where, *_models(raw, where))
+    _say_left_out(raw, where, entries)
     return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(checked["data"]), _plain(checked["prepare"]), entries, _plain(checked["report"]), checked["engine"])
 
 # %% ../nbs/41_runs.ipynb #1d9a0ac1
-def _plain(config) -> dict: return json.loads(json.dumps(asdict(config)))
+def _plain(config) -> dict: return json.loads(json.dumps(plain_settings(config)))
 
 def _list(raw: dict, key: str, default: list, where: str) -> list:
     value = default if raw.get(key) is None else raw[key]
@@ -148,27 +149,45 @@ def _label(raw: dict, default: str, where: str) -> str:
     if not isinstance(label, str) or not label.strip(): raise UadError(f"{where}, label: must be text, not {label!r}: put it in quotes")
     return label.strip()
 
-def _entry(label: str, parts: dict, where: str, restore_set: bool) -> Entry:
-    "A checked `Entry` of raw settings. `restore_set`: whether the entry itself says how to restore, which only some models can heed."
+def _entry(label: str, parts: dict, where: str, own: dict) -> Entry:
+    "A checked `Entry` of raw settings. `own`: those that the entry itself has; only some models can heed how to restore, and scores that need several restorations."
     from uad_study.cohort import DataConfig
-    from uad_study.judge import ScoreConfig
     from uad_study.models import MODELS, model_config, restore_config
     from uad_study.train import train_config
     from uad_study.volume import GRID_SHAPE
     model, weights = model_config(parts["model"], where), parts.get("weights", "")
     if (size := getattr(model, "size", GRID_SHAPE[0])) < GRID_SHAPE[0]: raise UadError(f"{where}, model.size: slices have {GRID_SHAPE[0]} pixels, more than {size}: raise it")
-    restore = restore_config(model.name, parts["restore"], f"{where}, restore") if restore_set or MODELS[model.name].restores else None
+    restore = restore_config(model.name, parts["restore"], f"{where}, restore") if own["restore"] or MODELS[model.name].restores else None
     if restore: restore.check(model.timesteps, f"{where}, restore")
     train, data = train_config(model.name, parts["train"], f"{where}, train"), from_dict(DataConfig, parts["data"], f"{where}, data")
     if weights and data.folds > 1: raise UadError(f"{where}, weights: are of one training: set data.folds to 1")
     if not weights and data.source == "virtual" and data.n_train < 1: raise UadError(f"{where}: has nothing to train on: set data.n_train to at least 1")
     if "sampler_steps" in parts["restore"] and restore and restore.sampler != "ddim": raise UadError(f"{where}, restore.sampler_steps: is for the sampler ddim: set that too, or remove it")
     if "lr_period" in parts["train"] and train.lr_schedule != "cosine": raise UadError(f"{where}, train.lr_period: is for lr_schedule cosine: set that too, or remove it")
-    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(from_dict(ScoreConfig, parts["scores"], f"{where}, scores")), weights)
+    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(_scores(parts["scores"], own["scores"], model.name, bool(restore), where)), weights)
+
+def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
+    "A checked `ScoreConfig` of raw settings: of a model that restores always the same without the scores that need several restorations, unless its `own` settings name them."
+    from uad_study.judge import ScoreConfig
+    c = from_dict(ScoreConfig, given, f"{where}, scores")
+    for k in ("draws", "mahalanobis_reg"):
+        if k in given and not c.drawn and (k in own or restores): raise UadError(f"{where}, scores.{k}: is for the scores mahalanobis and ssim_mahalanobis: name one in scores.names, or remove it")
+    if restores: return c
+    if c.drawn and ("names" in own or c.drawn == c.names): raise UadError(f"{where}, scores.names: {c.drawn[0]} compares a scan with several restorations, and the model {model!r} restores always the same: remove it")
+    return c.without_drawn()
+
+def _say_left_out(raw: dict, where: str, entries):
+    "Tell once which scores of the section `scores` are left out for which entries."
+    from uad_study.judge import ScoreConfig
+    common = from_dict(ScoreConfig, raw.get("scores") or {}, where)
+    drawn, others = common.drawn, set(common.names) - set(common.drawn)
+    without = [e.label for e in entries if not e.restore and not e.base and set(e.scores["names"]) == others]
+    if drawn and without: log.warning("%s: %s: left out for %s, which restore%s always the same", where, " and ".join(drawn), ", ".join(without), "s" * (len(without) == 1))
 
 # %% ../nbs/41_runs.ipynb #fd313566
 def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
     "The entries of the section `models` by label, and the raw settings of each."
+    from uad_study.judge import ScoreConfig
     common, entries, given = {k: raw.get(k) or {} for k in ("data", "train", "restore", "scores")}, {}, {}
     for i, m in enumerate(_list(raw, "models", ["ddpm"], where)):
         at, m = f"{where}, models[{i}]", {"name": m} if isinstance(m, str) else m
@@ -176,12 +195,13 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
         own = {k: _mapping(m, k, at) for k in ("train", "restore", "scores")}
         parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label", "weights")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
         if "weights" in m: parts |= _shipped(m["weights"], parts, own, at)
-        e = _entry("", parts, at, bool(own["restore"]))
+        e = _entry("", parts, at, own)
         label = _label(m, e.weights or e.model["name"], at)
         if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
         if label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
         entries[label], given[label] = replace(e, label=label), parts
     if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(entries)} has anything to set there: remove it")
+    if (drawn := from_dict(ScoreConfig, common["scores"], f"{where}, scores").drawn) and not any(e.restore for e in entries.values()): raise UadError(f"{where}, scores.names: {drawn[0]} compares a scan with several restorations, and none of the models {', '.join(entries)} makes different ones: remove it")
     return entries, given
 
 def _shipped(name, parts: dict, own: dict, at: str) -> dict:
@@ -206,14 +226,19 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
         if (w := bases[base].weights) and (k := next((k for k in ("model", "train") if own[k]), None)): raise UadError(f"{at}, {k}: {base!r} stands for the weights {w!r}, which are trained already: remove it")
-        e = _entry("", given[base] | {k: given[base][k] | own[k] for k in PARTS}, at, bool(own["restore"]))
-        old = {f"{k}.{n}": x for k in PARTS for n, x in getattr(bases[base], k).items()}
-        changed = {f"{k}.{n}": x for k in PARTS for n, x in getattr(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
+        e = _entry("", given[base] | {k: given[base][k] | own[k] for k in PARTS}, at, own)
+        old = {f"{k}.{n}": x for k in PARTS for n, x in _whole(bases[base], k).items()}
+        changed = {f"{k}.{n}": x for k in PARTS for n, x in _whole(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
         label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
         entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
     return tuple(entries.values())
+
+def _whole(e: Entry, part: str) -> dict:
+    "The plain settings of a part of an entry, defaults that leave no trace among them."
+    from uad_study.judge import ScoreConfig
+    return getattr(e, part) | (json.loads(json.dumps(asdict(from_dict(ScoreConfig, e.scores)))) if part == "scores" else {})
 
 # %% ../nbs/41_runs.ipynb #9f5122af
 STAGES = {"prepare": 2, "train": 3, "evaluate": 6, "report": 5}

@@ -17,10 +17,10 @@ from pathlib import Path
 from . import __version__
 from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, log, placeless, read_json, write_json
 from .dataset import bids_label, settings_of, space_of
+from .judge import maps_of_volume
 from .postprocess import components, labelled, postprocess
 from .prepare import Prepared, _resample, config_atlas, fine_affine, largest_component, prepare_scan, sample, save_transform, to_native
-from .reconstruct import reconstruct_volume
-from .scores import score_maps
+from .reconstruct import further_draws, reconstruct_volume
 from .volume import GRID_SHAPE, VOXEL_ML, Volume, load_mask, load_volume, save_volume
 from .weights import RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
 
@@ -126,10 +126,11 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             if brain_mask is not None and not isinstance(brain_mask, Volume): brain_mask = load_mask(brain_mask, like=scan)
             if state == "auto": state = scan_state(scan)
         with _step(seconds, "prepare"): p = prepare_scan(scan, brain_mask, config=weights.prepare, contrast=weights.contrast, state=state)
-        with _step(seconds, "restore"): x_hat = reconstruct_volume(weights.model, p.image, (0, "score"), device)
+        with _step(seconds, "restore"):
+            c, how = weights.scores, dict(seed_parts=(0, "score"), device=device)
+            x_hat, draws = reconstruct_volume(weights.model, p.image, **how), further_draws(weights.model, p.image, c.draws - 1, **how) if c.drawn else None
         with _step(seconds, "score"):
-            c = weights.scores
-            maps = score_maps(p.image, x_hat, c.names_for(weights.contrast), mask=p.brain_mask if c.masked else None, dims=c.kernel_dims, sigmas=c.sigmas, temperature=c.temperature)
+            maps = maps_of_volume(p.image, x_hat, p.brain_mask, c.names_for(weights.contrast), c, draws)
             maps = dict(zip(maps, postprocess(np.stack(list(maps.values())), p.brain_mask, c.erode, c.median, median_first=c.median_first)))
             found = components(maps[score] > threshold, c.min_voxels)
         with _step(seconds, "compare"): far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from .manifest import PAPER_SIZES, listing
 from .metrics import bootstrap_interval, holm, paired_test
-from .results import NAMES, PLAIN, Results, headline_rule, mean_std, per_patient, score_label, score_order
+from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
+from .scores import DRAWN, PLAIN
 
 # %% ../nbs/43_tables.ipynb #4b1a0b38
 ARROWS = {"up": "↑", "down": "↓"}
@@ -254,7 +255,7 @@ def table_dice(results: Results) -> Table:
     return t
 
 # %% ../nbs/43_tables.ipynb #ae902a4c
-AGAINST = ("l1", "l2", "intensity", "intensity_dark", "ssim_uniform", "ssim_val")
+AGAINST = ("l1", "l2", *PLAIN, "ssim_uniform", "ssim_val", *DRAWN)
 
 def p_value(p: float) -> str:
     "A p-value as it is printed."

@@ -19,7 +19,7 @@ from .judge import headline_rule
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, gather, score_label
-from .scores import SIGMAS, score_maps, sigma_of
+from .scores import DRAWN, SIGMAS, score_maps, sigma_of
 from .volume import VOXEL_ML, load_map
 
 # %% ../nbs/50_viewer.ipynb #929fe5da
@@ -54,7 +54,7 @@ def rule_label(rule: str, ml: float = 1.) -> str:
 class Restored:
     """One model on one contrast and fold: its restorations {row: (H, W, D)}; the thresholds the study found, {(score, pathology): {rule: threshold}}; and how its maps are made and post-processed.
 
-    `maps`: of a method that gives maps instead of restorations, {score: {row: file}}."""
+    `maps`: of a method that gives maps instead of restorations, {score: {row: file}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
     label: str
     volumes: dict
     thresholds: dict
@@ -71,13 +71,17 @@ class Restored:
     contrast: str = ""
     fold: int = 0
     maps: dict | None = None
+    draws: dict | None = None
+    mahalanobis_reg: float = 1e-2
 
     @property
     def rows(self) -> set: return set.intersection(*(set(f) for f in self.maps.values())) if self.maps else set(self.volumes)
     @property
     def scores(self) -> list[str]:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
-        return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), "l1", "l2", "ssim", "ssim_uniform", "ssim_ens"]
+        judged = {score for score, _ in self.thresholds}
+        more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [n for n in DRAWN if n in judged and self.draws]
+        return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
 
 # %% ../nbs/50_viewer.ipynb #45a699d4
 def _thresholds(results: Results, name: str, contrast: str, fold: int) -> dict:
@@ -97,16 +101,20 @@ def restored_models(results: Results) -> list[Restored]:
         q, places = e["parameters"], results.places[i]
         base = first.setdefault(results.variants[name]["base"] if name in results.variants else name, q)
         if any(q.get(k) != base.get(k) for k in ("score_config", "cohort_dir")): continue
-        volumes, (folder, step), maps = {}, results.kept(i), None
+        volumes, draws, (folder, step), maps = {}, {}, results.kept(i), None
         if places.get("maps"):
             maps = {n: {int(r): results.evaluate_dirs[i]/f for r, f in files.items() if (results.evaluate_dirs[i]/f).is_file()} for n, files in places["maps"].items()}
         else:
-            for d in sorted(folder.glob("reconstructions-*")):
+            config = results.score_config(name)
+            further = config.draws - 1 if config.drawn else 0
+            for d in sorted(p for kind in ("reconstructions-*", "draws-*") for p in folder.glob(kind)):
                 v, info = open_reconstructions(d)
-                if info["step"] == step and (info.get("restore") or {}) == (q.get("restore_config") or {}) and e["results"].get("checkpoint_sha256") in (None, info.get("checkpoint_sha256")): volumes |= v
-        how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml")}
+                if info["step"] != step or (info.get("restore") or {}) != (q.get("restore_config") or {}) or e["results"].get("checkpoint_sha256") not in (None, info.get("checkpoint_sha256")): continue
+                if "draws" not in info: volumes |= v
+                elif further and info["draws"] >= further: draws |= {r: a[:further] for r, a in v.items()}
+        how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml", "mahalanobis_reg")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
-                     name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, **how)
+                     name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, draws=draws if set(draws) >= set(volumes) else None, **how)
         if m.rows: models.append(m)
     if not models: raise UadError(f"{results.evaluate_dirs[0].parent}: holds no restorations or maps to look at: run the study again where it was run, or copy its train-... folders, too")
     return models
@@ -206,7 +214,8 @@ class _Volumes(_Thresholds):
         how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
         singles = [f"ssim_{v:g}" for v in m.sigmas]
-        if name not in (*singles, "ssim_uniform", "ssim_ens"): return score_maps(x, x_hat, [name], **how)[name]
+        if name in DRAWN: how |= dict(draws=np.concatenate([x_hat[None], m.draws[s.row]]), reg=m.mahalanobis_reg)
+        if name not in (*singles, "ssim_uniform", "ssim_ens"): return score_maps(x, x_hat, [name], brain_mask=mask, **how)[name]
         return self._memo("raw", (s.model, s.row), lambda: score_maps(x, x_hat, [*singles, "ssim_uniform", "ssim_ens"], sigmas=m.sigmas, temperature=m.temperature, **how))[name]
 
     def _key(self, s: ViewState): return s.model, s.row, s.score, round(s.sigma, 6) if s.score == "ssim" else None, s.post

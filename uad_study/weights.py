@@ -12,13 +12,13 @@ import numpy as np
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from . import __version__
-from .core import UadError, atomic_dir, digest, file_sha256, from_dict, read_json, write_json
+from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_settings, read_json, write_json
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
 from .models import MODELS, RestoreConfig, model_config, parameter_count, restore_config
 from .postprocess import erode_mask
 from .prepare import PrepareConfig
-from .reconstruct import reconstruct_volume
+from .reconstruct import further_draws, reconstruct_volume
 from .results import Results
 from .runs import RESULT, RUN, STAGES, provenance
 from .shipped import CARD, FORMAT, TENSORS, packaged_folder, packaged_weights, read_card, read_model
@@ -104,8 +104,9 @@ def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tic
     kept, error, histograms, names = KeptMaps(cohort, folder, scores), [], [], scores.names_for(cohort.table.contrast.iloc[rows[0]])
     for i, r in enumerate(rows):
         x, mask = np.asarray(cohort.images[r]), np.asarray(cohort.brain_masks[r])
-        x_hat = reconstruct_volume(model, x, (0, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device)
-        kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores).values())
+        seed, device = (0, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device
+        x_hat, draws = reconstruct_volume(model, x, seed, device), further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None
+        kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores, draws).values())
         error.append(_error(x, x_hat, mask, scores.erode)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
     thresholds = {name: float(_Judged(kept, k, name).healthy(list(rows))["healthy"]) for k, name in enumerate(names)}
@@ -187,7 +188,7 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict
         thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", tick)
         (tmp/"models"/TENSORS).write_bytes(save({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in _once(model).items()}))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=asdict(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation),
+                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation),
                     tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
         write_json(tmp/"models"/CARD, card, FORMAT)
         for file, content in zip(("metadata.json", "inference.json"), _bundle(card)): (tmp/"configs"/file).write_text(json.dumps(content, indent=1) + "\n")
