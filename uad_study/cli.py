@@ -392,7 +392,7 @@ def export(run: Annotated[Path, typer.Argument(help="The folder of a finished tr
     setup_logging(verbose)
     training, facts = training_of(run)
     out = out or Path("weights")/(name or f"{facts['parameters']['model_config'].get('name', 'ddpm')}-{facts['parameters']['contrast']}")
-    with tqdm(unit="healthy scan") as bar:
+    with tqdm(unit="healthy scan", delay=1) as bar:
         def tick(done, n, what): bar.total = n; bar.update(done - bar.n)
         card = export_weights(training, out, name, pick_device(device), tick)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
