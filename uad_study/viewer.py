@@ -472,7 +472,7 @@ class _Controls:
         top = float(np.format_float_positional(max(v.top(s) * 1.5, 0 if threshold != threshold else threshold * 1.1), 2, fractional=False))
         step = 10. ** (int(np.floor(np.log10(top))) - 3)
         self._given = s.threshold if s.rule == "free" or threshold != threshold else round(threshold / step) * step             # on the slider's grid: the browser would move it there, and say so
-        self._recent = [*((g, t) for g, t in self._recent if time.monotonic() - t < 3), (self._given, time.monotonic())]
+        self._recent = [*(r for r in self._recent if time.monotonic() - r[-1] < 10), (self._given, step, time.monotonic())]
         values = dict(contrast=m.contrast, name=m.name, fold=m.fold, row=s.row, plane=s.plane, slice=getattr(s, PLANES[s.plane]), score=s.score, sigma=s.sigma, rule=v.rule(s) if s.rule != "free" else "free", threshold=self._given, post=s.post)
         self._quiet = True
         try:
@@ -502,7 +502,8 @@ class _Moves(_Controls):
         elif k == "threshold":
             far = lambda g: abs(value - g) > .1 * self.threshold.step                                   # less is an echo: of this limit, or, from a browser that is slow, of one before it
             if not far(self._given): return
-            if all(far(g) for g, given in self._recent if time.monotonic() - given < 3):
+            now, c = time.monotonic(), self.threshold                                               # the browser puts a limit on the grid that the slider has by then, and between its ends
+            if all(abs(value - g) > .51 * max(step, c.step) and not (g > c.max and value >= c.max) for g, step, given in self._recent if now - given < 10):
                 self._recent = []
                 self._go(replace(s, threshold=value, rule="free"))
             else: self._fill()
