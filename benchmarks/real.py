@@ -15,16 +15,16 @@ from uad_study.weights import load_weights
 
 HERE = Path(__file__).resolve().parent.parent
 IXI = "train_healthy/ixi2mm/"
-SCANS = [                                            # name, contrast, scan, lesion mask, brain mask, state, whether a picture may be shown
-    ("TCGA-DU-7294", "T1w", "eval_tumor/TCGA-DU-7294_t1.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "", "stripped", True),
-    ("MSLUB 07", "T1w", "eval_ms/patient07_T1.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "", "stripped", True),
-    ("MSLUB 26", "T1w", "eval_ms/patient26_T1.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "", "stripped", True),
-    *((n[:6], "T1w", f"{IXI}{n}-T1_ds.nii.gz", "", "", "head", False) for n in ("IXI012-HH-1211", "IXI013-HH-1212", "IXI014-HH-1236", "IXI015-HH-1258", "IXI033-HH-1259")),
-    ("TCGA-DU-7294", "T2w", "eval_tumor/TCGA-DU-7294_t2.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "", "stripped", True),
-    ("MSLUB 07", "T2w", "eval_ms/patient07_T2.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "", "stripped", True),
-    ("MSLUB 26", "T2w", "eval_ms/patient26_T2.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "", "stripped", True),
-    ("stroke", "T2w", "eval_stroke/clinical_T2.nii", "eval_stroke/clinical_T2_lesion.nii", "", "head", True),
-    ("healthy T2w", "T2w", "healthy_t2/allineate_T2w.nii.gz", "", "", "head", False)]
+SCANS = [                                            # name, contrast, scan, lesion mask, state, whether a picture may be shown
+    ("TCGA-DU-7294", "T1w", "eval_tumor/TCGA-DU-7294_t1.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "stripped", True),
+    ("MSLUB 07", "T1w", "eval_ms/patient07_T1.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "stripped", True),
+    ("MSLUB 26", "T1w", "eval_ms/patient26_T1.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "stripped", True),
+    *((n[:6], "T1w", f"{IXI}{n}-T1_ds.nii.gz", "", "head", False) for n in ("IXI012-HH-1211", "IXI013-HH-1212", "IXI014-HH-1236", "IXI015-HH-1258", "IXI033-HH-1259")),
+    ("TCGA-DU-7294", "T2w", "eval_tumor/TCGA-DU-7294_t2.nii.gz", "eval_tumor/TCGA-DU-7294_seg.nii.gz", "stripped", True),
+    ("MSLUB 07", "T2w", "eval_ms/patient07_T2.nii.gz", "eval_ms/masks_mni/patient07_gold.nii.gz", "stripped", True),
+    ("MSLUB 26", "T2w", "eval_ms/patient26_T2.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "stripped", True),
+    ("stroke", "T2w", "eval_stroke/clinical_T2.nii", "eval_stroke/clinical_T2_lesion.nii", "head", True),
+    ("healthy T2w", "T2w", "healthy_t2/allineate_T2w.nii.gz", "", "head", False)]
 SHOWN = ("l1", "ssim_ens")
 CREDIT = ("TCGA-DU-7294: The Cancer Imaging Archive, TCGA-LGG (CC BY 3.0), segmentation fused from five algorithms. MSLUB 07 and 26: Lesjak et al., Neuroinformatics 2018 (CC BY). "
           "Stroke: the clinical toolbox's tutorial scan (Rorden et al., 2012; BSD).")
@@ -32,14 +32,14 @@ CREDIT = ("TCGA-DU-7294: The Cancer Imaging Archive, TCGA-LGG (CC BY 3.0), segme
 
 def judge(r, lesion):
     "A row per score of a `ScanResult`: mL marked in the scan; with a lesion mask (on the scan's grid) Dice there, and the Dice of the best threshold, which nobody knows."
-    rows, plain = [], "intensity_dark" if "intensity_dark" in r.maps and r.weights.contrast == "T1w" else "intensity"
+    rows, plain = [], "intensity_dark" if r.weights.contrast == "T1w" else "intensity"                     # lesions are dark on T1w
     for s in (plain, *SHOWN):
         t = r.weights.thresholds.get(s, np.nan)
-        found = r.found if s == r.score else components(r.maps[s] > t, r.weights.scores.min_voxels)
-        row = dict(score=s, threshold=t, ml=float(to_native(found, r.prepared).sum() * abs(np.linalg.det(r.scan.affine[:3, :3])) / 1000))
+        found = to_native(components(r.maps[s] > t, r.weights.scores.min_voxels), r.prepared)
+        row = dict(score=s, threshold=t, ml=float(found.sum() * abs(np.linalg.det(r.scan.affine[:3, :3])) / 1000))
         if lesion is not None:
             anomaly = to_native(r.maps[s], r.prepared)
-            row |= dict(dice=float(dice(to_native(found, r.prepared), lesion.data)), oracle=float(best_threshold(anomaly, lesion.data)[1]))
+            row |= dict(dice=float(dice(found, lesion.data)), oracle=float(best_threshold(anomaly, lesion.data)[1]))
         rows.append(row)
     return rows
 
@@ -67,11 +67,11 @@ def picture(cases, file):
 
 def run(data, trained):
     rows, cases = [], []
-    for name, contrast, file, lesion, mask, state, show in SCANS:
+    for name, contrast, file, lesion, state, show in SCANS:
         scan = load_volume(data/file)
         truth = load_mask(data/lesion, like=scan) if lesion else None
         for source, w in [("virtual", load_weights("ddpm", contrast))] + ([("real", load_weights(trained))] if trained and contrast == "T1w" else []):
-            r = score_scan(scan, w, load_mask(data/mask, like=scan) if mask else None, state=state)
+            r = score_scan(scan, w, state=state)
             common = dict(scan=name, contrast=contrast, weights=source, verdict=r.distance["verdict"], error=r.distance["error"]["value"], error_largest=r.distance["error"]["largest"], seconds=sum(r.seconds.values()),
                           lesion_ml=float(truth.data.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000) if truth else None)
             rows += [common | j for j in judge(r, truth)]

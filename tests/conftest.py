@@ -36,6 +36,15 @@ def one_line(result, *words):
     for w in words: assert w in lines[0], (w, lines[0])
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory):
     p = tmp_path_factory.mktemp("study")/"tiny.yaml"

@@ -1,5 +1,5 @@
 "The package as others meet it: installed from a wheel, imported by name, quick to answer."
-import importlib, inspect, os, subprocess, sys, sysconfig, time
+import importlib, inspect, os, re, subprocess, sys, sysconfig, time
 from pathlib import Path
 import pytest
 from conftest import uad
@@ -32,6 +32,9 @@ def test_help_is_quick():
         t = time.perf_counter(); assert uad("--help").returncode == 0
         return time.perf_counter() - t
     assert min(once() for _ in range(5)) < .5
+    from uad_study.runs import packaged_studies
+    told = re.sub(r"\s", "", uad("run", "--help").stdout)
+    assert not [s for s in packaged_studies() if not re.search(rf"[(,]{s}[,)]", told)]
     for c in ("demo", "run", "status", "report", "score", "clean", "explore", "manifest"): assert uad(c, "--help").returncode == 0
 
 
@@ -65,7 +68,6 @@ def test_fixed_names():
 def test_rooms_import_only_rooms_above():
     "House rule: a room imports only rooms above it."
     rooms = {p.stem.split("_", 1)[1]: int(p.stem[:2]) for p in (ROOT/"nbs").glob("[0-9]*.ipynb")}
-    import re
     for name, number in rooms.items():
         source = (ROOT/"uad_study"/f"{name}.py").read_text()
         for other in re.findall(r"^\s*from \.(\w+) import|^\s*from uad_study\.(\w+) import", source, re.M):

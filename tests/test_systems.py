@@ -12,12 +12,7 @@ g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(name, seed=1, restore=None, **more):

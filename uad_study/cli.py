@@ -154,7 +154,7 @@ def _nothing_queued(out: Path):
 @app.command()
 def demo(out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results; what is finished there is not done again (default: runs/demo, runs/demo-train or runs/demo-full).")] = None,
          train: Annotated[bool, typer.Option("--train", help="Train a small DDPM from scratch instead of using the weights that come along.")] = False,
-         full: Annotated[bool, typer.Option("--full", help="All models that come along, and as many subjects as a claim needs: about half an hour.")] = False, verbose: Verbose = False):
+         full: Annotated[bool, typer.Option("--full", help="All models that come along, and as many subjects as a claim needs.")] = False, verbose: Verbose = False):
     "The whole study in minutes, without data or a GPU: virtual brains, a DDPM for each contrast, the paper's table and figures."
     if train and full: raise UadError("--train, --full: give one of them (in full and from scratch is `uad run weights`: hours)")
     study = "demo-train" if train else "demo-full" if full else "demo"

@@ -213,6 +213,7 @@ def _shipped(name, parts: dict, own: dict, at: str) -> dict:
     card = next(iter(cards_for(str(name), data.contrasts, _plain(data), f"{at}, weights").values()))
     return dict(model=card["model"], train={}, weights=str(name))
 
+# %% ../nbs/41_runs.ipynb #fd313567
 def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, dict]) -> tuple[Entry, ...]:
     "The entries of the models, then those of the section `variants`, each checked against its base."
     entries = dict(bases)

@@ -139,7 +139,7 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
 
 # %% ../nbs/54_scan.ipynb #e18e365e
 SUMMARY = "uad-score/1"
-SCORE_VERSION = 1
+SCORE_VERSION = 2
 "Raised when a change alters what is written: part of a scan's key."
 
 def label_of(path, contrast: str) -> str:

@@ -8,13 +8,11 @@ __all__ = ['FORMAT', 'CARD', 'TENSORS', 'packaged_weights', 'packaged_folder', '
 
 # %% ../nbs/35_shipped.ipynb #6c1e03a3
 import json
-import torch
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from .core import UadError, atomic_file, choice, file_sha256, nearest, read_json
 from .models import RestoreConfig, build_model, model_config, parameter_count
-from .train import BEST, load_model, save_checkpoint
+from .train import BEST, save_checkpoint
 
 # %% ../nbs/35_shipped.ipynb #6c1e03a6
 FORMAT, CARD, TENSORS = "uad-weights/1", "weights.json", "weights.safetensors"
@@ -65,7 +63,7 @@ def cards_for(name: str, contrasts, data: dict, where: str) -> dict[str, dict]:
     for c in contrasts:
         if (folder := packaged_folder(f"{name}-{c}")) is None: raise UadError(f"{where}: there are no {c} weights {name!r}: set data.contrasts to {', '.join(n.rpartition('-')[2] for n in packaged_weights() if n.rpartition('-')[0] == name)}")
         cards[c] = read_card(folder)
-        if cards[c]["model"] != (first := next(iter(cards.values())))["model"]: raise UadError(f"{where}: the weights {name!r} are of different models for {', '.join(cards)}: take one contrast")
+        if cards[c]["model"] != next(iter(cards.values()))["model"]: raise UadError(f"{where}: the weights {name!r} are of different models for {', '.join(cards)}: take one contrast")
         theirs = (cards[c].get("data") or {}).get("config") or {}
         if data.get("source") == theirs.get("source") == "virtual" and data.get("seed") == theirs.get("seed"): raise UadError(f"{where}: {name!r} were trained on virtual subjects of data.seed {data['seed']}, which this study would test on: set another data.seed")
     return cards
