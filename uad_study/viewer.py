@@ -481,9 +481,10 @@ class _Controls:
                 if list(self.controls[k].options) != options: self.controls[k].options = options
             for k in ("contrast", "name", "fold"): self.controls[k].disabled = len(self.controls[k].options) < 2
             self.sigma.disabled = "ssim" not in m.scores
-            with self.slice.hold_sync(), self.threshold.hold_sync():
-                if self.slice.max != depth - 1: self.slice.max = depth - 1
+            with self.threshold.hold_sync():                                                        # the grid first, in a message of its own: with the value in the same one, the browser puts it on the grid before
                 if self.threshold.max != top: self.threshold.max, self.threshold.step = top, step
+            with self.slice.hold_sync():
+                if self.slice.max != depth - 1: self.slice.max = depth - 1
                 for k, value in values.items():
                     if self.controls[k].value != value: self.controls[k].value = value
         finally: self._quiet = False
