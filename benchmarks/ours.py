@@ -1,16 +1,15 @@
 """Scores over several restorations, found on virtual validation patients, judged once on virtual test patients: python benchmarks/ours.py restore|search|judge OUT. OUT keeps the cohort and the restorations."""
 import sys
-from itertools import product
 from pathlib import Path
 import numpy as np, torch
 from uad_study.cohort import Cohort, DataConfig, build_virtual, patients
 from uad_study.core import atomic_file
 from uad_study.models import RestoreConfig
-from uad_study.reconstruct import reconstruct_volume
+from uad_study.reconstruct import further_draws, reconstruct_volume
 from uad_study.shipped import packaged_folder, read_card, read_model
 
 DATA = DataConfig(folds=1, n_train=0, n_val=20, n_test=0, n_lesion_val=10, n_lesion_test=30)      # the subjects of the study `demo-full`
-LEVELS, DRAWS, SEED = (500, 250, 750), 5, 0
+LEVELS, DRAWS, SEED = (500, 250, 750), 3, 0
 
 
 def cohort_in(out) -> Cohort:
@@ -33,30 +32,40 @@ def _by_eights(model):
 
 
 class Restorations:
-    "Restorations (H, W, D) of cohort rows by the packaged DDPM of their contrast, from noise draw k at level t, kept in `folder`, half precision. Draw k at level 500 is the study's own."
+    """Restorations of cohort rows by the packaged DDPM of their contrast, kept in `folder` in half precision: as a study makes them with `restore: {t_test: [500, 250, 750]}`, one by one (of which the first is the plain study's),
+    and further ones from level 500, as `scores.draws` makes them."""
     def __init__(self, cohort, folder): self.cohort, self.folder, self.models, self.who = cohort, Path(folder), {}, patients(cohort.table)
 
-    def file(self, row, k, t): return self.folder/f"{self.cohort.table.subject_id.iloc[row]}-{self.cohort.table.contrast.iloc[row]}-k{k}-t{t}.npy"
-
-    def make(self, row, k, t):
+    def model(self, row):
         contrast = self.cohort.table.contrast.iloc[row]
         if contrast not in self.models: folder = packaged_folder("ddpm", contrast); self.models[contrast] = _by_eights(read_model(folder, read_card(folder)))
-        model = self.models[contrast]
-        model.restore = RestoreConfig(t_test=t)
-        seed = (SEED, "restore", str(self.who[row]), *(["draw", k] if k else []), *(["level", t] if t != 500 else []))
-        x_hat = reconstruct_volume(model, self.cohort.images[row], seed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.file(row, k, t)) as tmp, open(tmp, "wb") as f: np.save(f, x_hat.astype(np.float16))
+        return self.models[contrast]
 
-    def __call__(self, row, k=0, t=500) -> np.ndarray:
-        if not self.file(row, k, t).exists(): self.make(row, k, t)
-        return np.load(self.file(row, k, t)).astype(np.float32)
+    def _kept(self, row, kind, make):
+        file = self.folder/f"{self.cohort.table.subject_id.iloc[row]}-{self.cohort.table.contrast.iloc[row]}-{kind}.npy"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as tmp, open(tmp, "wb") as f: np.save(f, make().astype(np.float16))
+        return np.load(file).astype(np.float32)
 
-    def all(self, rows, draws, levels):
-        todo = [(r, k, t) for k, t in product(range(draws), levels) for r in rows if not self.file(r, k, t).exists()]
-        for i, one in enumerate(todo):
-            self.make(*one)
-            if i % 20 == 19: print(f"{i + 1} of {len(todo)}", flush=True)
+    def levels(self, row) -> np.ndarray:
+        "A restoration from each of `LEVELS`: (levels, H, W, D). Their mean is what the model restores with `restore.t_test` so."
+        def make():
+            model, found = self.model(row), []
+            plain = type(model).estimate
+            def estimate(*args): found.append(plain(model, *args)); return found[-1]
+            model.restore, model.estimate = RestoreConfig(t_test=LEVELS), estimate
+            reconstruct_volume(model, self.cohort.images[row], (SEED, "restore", str(self.who[row])))
+            del model.estimate
+            return np.stack([((x + 1) / 2)[:, 0].permute(1, 2, 0).numpy() for x in found])
+        return self._kept(row, "levels", make)
+
+    def draws(self, row) -> np.ndarray:
+        "All restorations from level 500: (DRAWS, H, W, D)."
+        def make():
+            model = self.model(row); model.restore = RestoreConfig()
+            return further_draws(model, self.cohort.images[row], DRAWS - 1, (SEED, "restore", str(self.who[row])))
+        return np.concatenate([self.levels(row)[:1], self._kept(row, "draws", make)])
 
 
 if __name__ == "__main__":
@@ -64,5 +73,9 @@ if __name__ == "__main__":
     what, out = sys.argv[1:3]
     cohort = cohort_in(out)
     kept = Restorations(cohort, Path(out)/"restorations")
-    if what == "restore":
-        kept.all(few(cohort, "val", 8, 10), DRAWS, LEVELS)
+    rows = few(cohort, "val", 8) + few(cohort, "test", 30) + few(cohort, "val", 10, 10)
+    for i, r in enumerate(rows):
+        kept.levels(r)
+        if i % 10 == 9: print(f"{i + 1} of {len(rows)}", flush=True)
+    for r in few(cohort, "val", 8): kept.draws(r)
+    print("all", flush=True)

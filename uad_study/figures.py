@@ -16,7 +16,7 @@ from textwrap import fill
 from .metrics import bootstrap_interval
 from .postprocess import components, postprocess
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label
-from .scores import DRAWN, PLAIN, SIGMAS
+from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS
 from .tables import variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
@@ -24,7 +24,7 @@ class _Colors(dict):
     "Colours by score; one that is not known (of another method's maps) has one of four, by its name."
     def __missing__(self, score): return ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7")[zlib.crc32(score.encode()) % 4]
 
-COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "intensity": "#333333", "perfect map": "#8C8C8C"})
+COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "l1_ssim": "#661100", "intensity": "#333333", "perfect map": "#8C8C8C"})
 "The colour of each score; 'ssim' is SSIM at one sigma."
 RESULT_COLORS = {"found": (0, 158, 115), "false alarm": (230, 159, 0), "missed": (204, 121, 167)}
 "The colours (RGB) of true positive, false positive and missed voxels over a scan."
@@ -34,7 +34,7 @@ PRINT = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fonts
 def _look(score: str) -> dict:
     "Colour, line style and marker of a score."
     kind = score if score in COLORS else "intensity" if score in PLAIN else "perfect map" if score.startswith("truth") else "ssim" if score.startswith("ssim_") else score
-    return dict(color=COLORS[kind], ls={"l1": "--", "intensity": ":", "ssim_uniform": "-.", "mahalanobis": (0, (6, 2))}.get(kind, "-"), marker={"l1": "s", "ssim_ens": "D", "ssim_uniform": "^", "intensity": "x", "mahalanobis": "v", "ssim_mahalanobis": "P"}.get(kind, "o"))
+    return dict(color=COLORS[kind], ls={"l1": "--", "intensity": ":", "ssim_uniform": "-.", "mahalanobis": (0, (6, 2))}.get(kind, "-"), marker={"l1": "s", "ssim_ens": "D", "ssim_uniform": "^", "intensity": "x", "mahalanobis": "v", "ssim_mahalanobis": "P", "l1_ssim": "X"}.get(kind, "o"))
 
 def _printed(draw):
     "A figure function that draws with the settings of `PRINT`."
@@ -413,7 +413,7 @@ def figure_calibration(results: Results, model: str | None = None):
 
 # %% ../nbs/44_figures.ipynb #a256314e
 @_printed
-def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", "ssim_uniform", "ssim_ens", *DRAWN)):
+def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", *ENSEMBLES, *DRAWN)):
     "Dice of each fold beside the 95 % interval over patients, a panel per pathology. Returns a matplotlib figure, None with a single fold."
     model = model or results.models[0]
     if results.rows(model=model).fold.nunique() < 2: return None

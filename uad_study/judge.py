@@ -34,7 +34,7 @@ class ScoreConfig:
     components_in_search: bool = False   # True: thresholds are the best after removal of small components; False: before (released code; the paper does not say)
     search_both: tuple[str, ...] = ("l1", "ssim_ens")   # scores whose own validation threshold is also searched for the other way round
     healthy_rates: tuple[float, ...] = (0.01, 0.05, 0.1)   # thresholds that these shares of healthy validation voxels, inside the eroded brain mask, exceed
-    sigmas: tuple[float, ...] = SIGMAS   # scales of the ensembles ssim_ens and ssim_uniform, voxels (paper)
+    sigmas: tuple[float, ...] = SIGMAS   # scales of the ensembles ssim_ens, ssim_uniform and l1_ssim, voxels (paper)
     temperature: float = 1.0         # weights of ssim_ens: softmax(-SSIM / temperature) (paper: 1); high: nearly uniform, low: the least similar scale alone
     draws: int = field(default=10, metadata=LATER)               # restorations from different noise that mahalanobis and ssim_mahalanobis compare a scan with, the one that the other scores are of among them (Behrendt et al., MICCAI 2024)
     mahalanobis_reg: float = field(default=0.01, metadata=LATER)   # added to the diagonal of their covariance, squared intensity (MICCAI 2024)

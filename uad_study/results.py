@@ -18,15 +18,15 @@ from .evaluate import kept_restorations
 from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
 from .runs import PLAN, RESULT, RUN, STAGES, planned_report
-from .scores import DRAWN, PLAIN, SIGMAS
+from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS
 from .volume import load_map
 
 # %% ../nbs/42_results.ipynb #ff7e1381
 NAMES = {"tumour": "Tumour", "ms": "Multiple sclerosis", "stroke": "Stroke", "wmh": "White matter hyperintensities", "semisynthetic": "Semi-synthetic", "healthy": "Healthy"}
-SCORE_NAMES = {"intensity": "intensity", "intensity_dark": "intensity, dark", "intensity_eq": "intensity, equalised", "intensity_eq_dark": "intensity, equalised, dark", "mahalanobis": "Mahalanobis", "ssim_mahalanobis": "Mahalanobis times SSIM", "l1": "l1", "l2": "l2", "ssim_val": "SSIM, sigma chosen on validation", "ssim_uniform": "SSIM, uniform mean", "ssim_ens": "SSIM-ens"}
+SCORE_NAMES = {"intensity": "intensity", "intensity_dark": "intensity, dark", "intensity_eq": "intensity, equalised", "intensity_eq_dark": "intensity, equalised, dark", "mahalanobis": "Mahalanobis", "ssim_mahalanobis": "Mahalanobis times SSIM", "l1_ssim": "l1 times SSIM-ens", "l1": "l1", "l2": "l2", "ssim_val": "SSIM, sigma chosen on validation", "ssim_uniform": "SSIM, uniform mean", "ssim_ens": "SSIM-ens"}
 def score_order(scores) -> list[str]:
     "Scores as tables list them: the plain ones, SSIM by sigma, what is made of several sigmas, then of several restorations."
-    rank = {s: i for i, s in enumerate([*PLAIN, "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_val", "ssim_uniform", "ssim_ens", *DRAWN])}
+    rank = {s: i for i, s in enumerate([*PLAIN, "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_val", *ENSEMBLES, *DRAWN])}
     return sorted(dict.fromkeys(scores), key=lambda s: rank.get(s, rank["ssim_val"] - .5))
 
 def score_label(score: str) -> str:

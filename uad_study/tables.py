@@ -255,7 +255,7 @@ def table_dice(results: Results) -> Table:
     return t
 
 # %% ../nbs/43_tables.ipynb #ae902a4c
-AGAINST = ("l1", "l2", *PLAIN, "ssim_uniform", "ssim_val", *DRAWN)
+AGAINST = ("l1", "l2", *PLAIN, "ssim_uniform", "ssim_val", "l1_ssim", *DRAWN)
 
 def p_value(p: float) -> str:
     "A p-value as it is printed."

@@ -19,7 +19,7 @@ from .judge import headline_rule
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, gather, score_label
-from .scores import DRAWN, SIGMAS, score_maps, sigma_of
+from .scores import DRAWN, ENSEMBLES, SIGMAS, score_maps, sigma_of
 from .volume import VOXEL_ML, load_map
 
 # %% ../nbs/50_viewer.ipynb #929fe5da
@@ -80,7 +80,7 @@ class Restored:
     def scores(self) -> list[str]:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
         judged = {score for score, _ in self.thresholds}
-        more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [n for n in DRAWN if n in judged and self.draws]
+        more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [*["l1_ssim"] * ("l1_ssim" in judged), *(n for n in DRAWN if n in judged and self.draws)]
         return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
 
 # %% ../nbs/50_viewer.ipynb #45a699d4
@@ -215,8 +215,8 @@ class _Volumes(_Thresholds):
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
         singles = [f"ssim_{v:g}" for v in m.sigmas]
         if name in DRAWN: how |= dict(draws=np.concatenate([x_hat[None], m.draws[s.row]]), reg=m.mahalanobis_reg)
-        if name not in (*singles, "ssim_uniform", "ssim_ens"): return score_maps(x, x_hat, [name], brain_mask=mask, **how)[name]
-        return self._memo("raw", (s.model, s.row), lambda: score_maps(x, x_hat, [*singles, "ssim_uniform", "ssim_ens"], sigmas=m.sigmas, temperature=m.temperature, **how))[name]
+        if name not in (*singles, *ENSEMBLES): return score_maps(x, x_hat, [name], brain_mask=mask, **how)[name]
+        return self._memo("raw", (s.model, s.row), lambda: score_maps(x, x_hat, [*singles, *ENSEMBLES], sigmas=m.sigmas, temperature=m.temperature, **how))[name]
 
     def _key(self, s: ViewState): return s.model, s.row, s.score, round(s.sigma, 6) if s.score == "ssim" else None, s.post
 
