@@ -14,7 +14,7 @@ from uad_study.evaluate import ReportConfig, evaluate_again, evaluate_training, 
 from uad_study.judge import ScoreConfig, maps_of_reconstruction
 from uad_study.models import build_model, model_config
 from uad_study.reconstruct import further_draws, reconstruct_volume
-from uad_study.scores import DRAWN, SCORES, check_score, equalised_map, mahalanobis_map, score_maps, ssim_map
+from uad_study.scores import DRAWN, SCORES, check_score, equalised_map, l1_ssim, mahalanobis_map, score_maps, ssim_map
 from uad_study.train import save_checkpoint
 
 seeds, quick = st.integers(0, 2**32 - 1), settings(max_examples=15, deadline=None)
@@ -205,7 +205,7 @@ def test_the_benchmark_compares_before_it_times(monkeypatch, tmp_path):
 
 AE = "  - {name: ae, channels: [8, 16], latent: 8}\n"
 BOTH = TINY.replace("train: {steps", AE + "train: {steps")
-NAMES = ("intensity", "intensity_eq", "l1", "ssim_ens", *DRAWN)
+NAMES = ("intensity", "intensity_eq", "l1", "ssim_ens", "l1_ssim", *DRAWN)
 
 
 def read(tmp_path, text, **changes):
@@ -314,6 +314,7 @@ def test_the_maps_that_are_judged(judged):
     maps, several = maps_of_reconstruction(judged.cohort, 2, x_hat, NAMES, judged.config, more), np.concatenate([x_hat[None], more])
     np.testing.assert_array_equal(maps["mahalanobis"], mahalanobis_map(x, several, brain))
     np.testing.assert_array_equal(maps["intensity_eq"], equalised_map(x, brain))
+    np.testing.assert_array_equal(maps["l1_ssim"], l1_ssim(x, np.asarray(x_hat)))                                                              # of the one restoration that the others score
     assert not np.array_equal(maps["mahalanobis"], maps_of_reconstruction(judged.cohort, 2, x_hat, NAMES, replace(judged.config, mahalanobis_reg=1e-4), more)["mahalanobis"])
     two = maps_of_reconstruction(judged.cohort, 2, x_hat, NAMES, replace(judged.config, draws=2), more)                                       # of those that are kept, as many as are asked for
     np.testing.assert_array_equal(two["mahalanobis"], mahalanobis_map(x, several[:2], brain))
@@ -346,11 +347,11 @@ def test_results_and_inspector_show_what_was_judged(judged, tmp_path):
     e["parameters"] |= dict(score_config=dict(names=NAMES, draws=3), train_dir="../train")
     (d/"evaluate"/"result.json").write_text(json.dumps(e))
     r = Results("Drawn", "drawn", d/"cohort", [d/"evaluate"])
-    assert score_order(set(r.table.score)) == ["intensity", "intensity_eq", "l1", "ssim_ens", *DRAWN] and all("_" not in score_label(s) for s in r.table.score)
+    assert score_order(set(r.table.score)) == ["intensity", "intensity_eq", "l1", "ssim_ens", "l1_ssim", *DRAWN] and all("_" not in score_label(s) for s in r.table.score)
     model, = restored_models(r)
-    assert set(DRAWN) | {"intensity_eq"} <= set(model.scores) and model.scores[-1] == "ssim_ens" and set(model.draws) == set(model.volumes)
+    assert set(DRAWN) | {"intensity_eq", "l1_ssim"} <= set(model.scores) and model.scores[-1] == "ssim_ens" and set(model.draws) == set(model.volumes)
     view = View(r.cohort, [model])
-    for score in ("intensity_eq", *DRAWN):
+    for score in ("intensity_eq", "l1_ssim", *DRAWN):
         state = view.settle(replace(view.first(), score=score, rule="val"))
         case = r.cases[(r.cases.score == score) & (r.cases.subject_id == r.cohort.table.subject_id[state.row]) & (r.cases.threshold_from == "val")].iloc[0]
         assert state.score == score and view.threshold(state) == pytest.approx(case.threshold) and view.numbers(state)["dice"] == pytest.approx(case.dice)
@@ -375,7 +376,7 @@ def test_a_scan_of_ones_own():
     from uad_study.weights import Weights, histogram
     s = phantom.healthy(5, ("T1w",))
     share = histogram(s.images["T1w"], s.brain_mask).tolist()
-    names = ("intensity_eq", "l1", *DRAWN)
+    names = ("intensity_eq", "l1", "l1_ssim", *DRAWN)
     w = Weights("jittery", "T1w", Jittery(), ScoreConfig(names=names, draws=4), PrepareConfig(n4=False, brain_mask="atlas", template_mm=4), dict.fromkeys(ScoreConfig(names=names).names_for("T1w"), .3), dict(healthy=dict(n=1, error=[.01], histogram=share, apart=[.02])))
     scan = Volume(np.where(s.brain_mask, 100 + 500 * s.images["T1w"], 0).astype(np.float32), GRID_AFFINE)
     r = score_scan(scan, w, score="ssim_mahalanobis")
