@@ -1,7 +1,7 @@
-"""Scores over several restorations, found on virtual validation patients, judged once on virtual test patients: python benchmarks/ours.py restore|search|judge OUT [PATIENTS]. OUT keeps the cohort and the restorations.
+"""Scores over several restorations, found on virtual validation patients, judged once on virtual test patients: python benchmarks/ours.py restore|search|judge|write OUT [PATIENTS]. OUT keeps the cohort and the restorations.
 
 `restore` makes the restorations that both need and goes on where it was stopped; `search` compares candidates on validation patients alone; `judge` takes what was chosen (`OURS`) and the plain DDPM to PATIENTS (default 30)
-test patients a pathology, and refuses to do so twice. Both write their part of benchmarks/ours.json, and benchmarks/ours.md from it."""
+test patients a pathology, and refuses to do so twice. Both write their part of benchmarks/ours.json, and benchmarks/ours.md from it, as `write` does again."""
 import json, sys
 from functools import cached_property
 from pathlib import Path
@@ -206,17 +206,28 @@ def written(all_: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def verdict(m, lo, hi) -> str: return "the same" if abs(m) < .0005 else "won" if lo > 0 else "lost" if hi < 0 else "undecided"
+
+
+def summary(said, score, plain) -> str:
+    "A line: what a score won and lost against a plain one."
+    mine = {p: (m, lo, hi, v, c) for a, b, p, m, lo, hi, v, c in said if (a, b) == (score, PLAIN[plain])}
+    points = lambda p: f"{100 * mine[p][0]:+.1f} [{100 * mine[p][1]:+.1f}, {100 * mine[p][2]:+.1f}]" + (", not after Holm's correction" if mine[p][3] in ("won", "lost") and mine[p][4] >= .05 else "")
+    by = {v: [p for p in PATHOLOGIES if mine[p][3] == v] for v in ("won", "lost", "undecided", "the same")}
+    return f"- **{score}, against {plain} of one restoration: {mine['all'][3]}** over all patients ({points('all')}); by pathology: " + "; ".join(f"{v} on {', '.join(f'{NAMES[p].lower()} ({points(p)})' for p in ps)}" for v, ps in by.items() if ps) + "."
+
+
 def judgement_text(j, places) -> list[str]:
     dice, names = of_places(j), [NAMES[p] for p in places]
     cell = lambda v: f"{100 * v.mean():.1f} [{100 * bootstrap_interval(v)[0]:.0f}, {100 * bootstrap_interval(v)[1]:.0f}]"
     rows = [[f"**{s}**" if s == OURS else s, *(cell(d[p]) for p in places), f"{100 * np.mean([d[p].mean() for p in places]):.1f}"] for s, d in dice.items()]
     found = [(a, b, *r) for a in (OURS, AGAINST_HEALTHY) for b in PLAIN.values() for r in differences(dice, a, b)]
     corrected = holm([f[-1] for f in found])
-    say = lambda lo, hi: "won" if lo > 0 else "lost" if hi < 0 else "undecided"
-    tests = [[a, b, NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", say(lo, hi)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
-    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients: {OURS} (bold), "
-            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans, which no study does yet.", "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
-            "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where the interval leaves out 0:", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
+    said = [(a, b, p, m, lo, hi, verdict(m, lo, hi), c) for (a, b, p, m, (lo, hi), *_), c in zip(found, corrected)]
+    tests = [[a, b, NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", verdict(m, lo, hi)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
+    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients: {OURS} (bold), "
+            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans, which no study does yet.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PLAIN), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
+            "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where the interval leaves out 0 (the same: less than 0.05 points apart, as where both are at chance):", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
 
 
 def search_text(s, places) -> list[str]:
@@ -226,7 +237,7 @@ def search_text(s, places) -> list[str]:
             f"A draw restores from level 500; the levels are {', '.join(map(str, LEVELS))}, one draw each. Healthy scans: {s['healthy']} validation scans of the contrast. So few patients tell large differences only.", table(["score", *(NAMES[p] for p in places), "mean"], rows)]
 
 
-def keep(part: str, value: dict):
+def keep(part: str = "format", value=FORMAT):
     "Write a part of ours.json, and ours.md anew."
     file = HERE/"ours.json"
     all_ = (json.loads(file.read_text()) if file.exists() else {}) | {part: value}
@@ -248,7 +259,8 @@ def main(what, out, n="30"):
     elif what == "judge":
         if (HERE/"ours.json").exists() and "judge" in json.loads((HERE/"ours.json").read_text()): sys.exit(f"{HERE/'ours.json'}: these test patients were judged already: a second choice needs others (another data.seed)")
         keep("judge", once(cohort, kept, out/"judge", int(n)))
-    else: sys.exit(f"{what}: is none of restore, search, judge")
+    elif what == "write": keep()
+    else: sys.exit(f"{what}: is none of restore, search, judge, write")
 
 
 if __name__ == "__main__": main(*sys.argv[1:])
