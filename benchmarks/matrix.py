@@ -1,14 +1,42 @@
 """Hours that a study takes, from a few measured training steps, restorations and judged volumes of each of its models: python benchmarks/matrix.py [STUDY] [--device cuda] [--slots 2]. Writes benchmarks/STUDY-hours.md (STUDY-hours-cuda.md).
 
-Each model is measured in a process of its own, with one thread on a CPU (as `uad run` gives a slot). `--batch` measures smaller batches, where a step of the study's own takes too long, and counts its slices as many times as needed."""
+Each model is measured in a process of its own; on a CPU with one thread (as `uad run` gives each of its two slots), by the time of the processor, which other work on the machine does not make longer. `--batch`: measure smaller batches, where
+a step of the study's own takes too long, and count its slices."""
 import argparse, json, subprocess, sys, tempfile, time
 from pathlib import Path
-from models import measure
+
+
+def measure(settings: dict, batch: int, device: str, steps: int = 4) -> dict:
+    "Median seconds of training steps of `batch` slices (after one to warm up), and of restoring 50 slices."
+    import numpy as np, torch
+    from uad_study.models import build_model, model_config, parameter_count
+    from uad_study.train import TrainConfig, autocast
+    torch.set_num_threads(1)
+    model, g = build_model(model_config(settings)).to(device).train(), lambda: torch.Generator(device).manual_seed(0)
+    optimizer, x, y = torch.optim.Adam(model.parameters()), torch.rand(batch, 1, 96, 96, device=device), torch.rand(50, 1, 96, 96, device=device)
+    def step():
+        with autocast(TrainConfig(), device)[0]: loss = model.loss(x, g())
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    def seconds(f, n):
+        times = []
+        for _ in range(n + 1):
+            t = clock(device); f(); times.append(clock(device) - t)
+        return float(np.median(times[1:]))
+    return dict(parameters=parameter_count(model), step=seconds(step, steps), restore=seconds(lambda: [model.eval().reconstruct(s, g()) for s in y.split(50 if device != "cpu" else 10)], 1))
+
+
+def clock(device="cpu") -> float:
+    "Seconds: of the processor, or (of a GPU, once it is done) of the wall."
+    if device == "cpu": return time.process_time()
+    import torch
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def judged(contrast: str, scores: dict, n: int = 2) -> dict:
     "Seconds to judge a volume by all scores (of virtual subjects, their restorations the twins, noise for the further draws), and to judge one under the other settings of the report."
-    import numpy as np
+    import numpy as np, torch
+    torch.set_num_threads(1)
     from uad_study.cohort import Cohort, DataConfig, build_virtual
     from uad_study.core import from_dict
     from uad_study.evaluate import ReportConfig, evaluate_restorations
@@ -20,9 +48,9 @@ def judged(contrast: str, scores: dict, n: int = 2) -> dict:
         rows = [int(r) for s in ("val", "test") for r in cohort.select(s, 0)]
         draws = {r: (cohort.twins[r] + rng.normal(0, .02, (config.draws - 1, *cohort.twins.shape[1:]))).astype(np.float16) for r in rows} if config.drawn else None
         def once(post):
-            t = time.perf_counter()
+            t = clock()
             evaluate_restorations(cohort, contrast, 0, {r: cohort.twins[r] for r in rows}, f"{d}/out", config, perfect=False, report=ReportConfig(steps_val=0, steps_test=0, post_val=post, post_test=post), draws=draws)
-            return time.perf_counter() - t
+            return clock() - t
         once(0); plain = once(0)
         return dict(volume=plain / len(rows), swept=(once(n) - plain) / (2 * n))
 
@@ -47,7 +75,7 @@ def main():
     a = p.parse_args()
     if a.one:
         kind, *args = json.loads(a.one)
-        print(json.dumps(measure(*args, a.device, 1) if kind == "model" else judged(*args)))
+        print(json.dumps(measure(*args, a.device) if kind == "model" else judged(*args)))
         return
     from uad_study.judge import ScoreConfig
     from uad_study.core import from_dict
@@ -61,14 +89,14 @@ def main():
         drawn = bool(from_dict(ScoreConfig, e.scores).drawn)
         if drawn not in judging: judging[drawn] = alone("scores", study.data["contrasts"][-1], e.scores) | dict(drawn=drawn)
         batch = min(a.batch or e.train["batch_size"], e.train["batch_size"])
-        m = alone("model", e.model, batch, True) | dict(batch=batch)
+        m = alone("model", e.model, batch) | dict(batch=batch)
         h = hours(study, m, judging[drawn], e.label)
         total = {k: total[k] + h[k] for k in total}
         lines.append(f"| {e.label} | {m['parameters']:,} | {e.train['steps']:,} | {e.train['batch_size']} | {m['step'] * 1000 / batch:.1f} | {m['restore']:.2f} | {judging[drawn]['volume']:.2f} | {h['train']:.2f} | {h['evaluate']:.2f} |")
         print(lines[-1], flush=True)
     v = provenance(a.device)
-    said = (f"`python benchmarks/matrix.py {a.study}{'' if a.device == 'cpu' else f' --device {a.device}'}{f' --batch {a.batch}' if a.batch else ''} --slots {a.slots}`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}, one thread of {v['cores']} cores, torch {v['packages']['torch']}; "
-            f"other work may have run beside it. The training in total: {total['train']:.1f} h, restoring and judging {total['evaluate']:.1f} h; on {a.slots} slots at once {sum(total.values()) / a.slots:.1f} h. Without preparation and report (minutes).")
+    said = (f"`python benchmarks/matrix.py {a.study}{'' if a.device == 'cpu' else f' --device {a.device}'}{f' --batch {a.batch}' if a.batch else ''} --slots {a.slots}`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}, {v['cores']} cores, torch {v['packages']['torch']}. "
+            f"The training in total: {total['train']:.1f} h, restoring and judging {total['evaluate']:.1f} h; on {a.slots} slots at once {sum(total.values()) / a.slots:.1f} h. Without preparation and report (minutes).")
     head = ["| model | parameters | steps | slices a step | ms a slice, training | s to restore a volume | s to judge a volume | h to train | h to evaluate |", "|---|---|---|---|---|---|---|---|---|"]
     (Path(__file__).parent/f"{a.study}-hours{'' if a.device == 'cpu' else '-' + a.device.split(':')[0]}.md").write_text("\n".join([said, "", *head, *lines, ""]))
     print(said)

@@ -489,7 +489,7 @@ def _machine(device, threads) -> str:
 def _of_score(results: Results, labels, contrast: str, score: str) -> tuple[dict, str]:
     "What it takes to restore and score a volume (means over folds), and why that is not known; one sigma that validation chose costs what any does."
     t = results.seconds
-    g = t[t.model.isin(labels) & (t.contrast == contrast) & (t.score.str.fullmatch(r"ssim_[\d.]+").fillna(False) if score == "ssim_val" else t.score == score)]
+    g = t[t.model.isin(labels) & (t.contrast == contrast) & (t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") if score == "ssim_val" else t.score == score)]
     if not len(g): return dict(restorations=0 if score in PLAIN else np.nan, restore_seconds=0. if score in PLAIN else np.nan, score_seconds=np.nan, seconds=np.nan, restored_on=""), "not recorded"
     k = g.restorations.mean()
     restore = (k * g.restore_seconds.mean()) if k else 0.
@@ -505,14 +505,15 @@ def matrix(results: Results) -> pd.DataFrame:
             if (m := next((m for m in of if (m, c, p, s) in numbers.table), None)) is None: continue
             g, dice = numbers.table[m, c, p, s], numbers.patients(m, c, p, s)
             (lo, hi), (trained, lost), (took, gone) = bootstrap_interval(dice), (dict(parameters=0, training_hours=0., trained_on=""), "") if name == NO_MODEL else _of_training(results, m, c), _of_score(results, of, c, s)
-            rows.append(dict(model=name, score=s, contrast=c, pathology=p, dice=mean_std(g)[0] / 100, dice_lo=lo, dice_hi=hi, **{k: mean_std(g, k)[0] / 100 for k in ("auprc", "auprc_pooled", "chance")}, n=len(dice), **trained, **took, why="; ".join(filter(None, [lost, gone]))))
+            means = g.groupby("fold")[["dice", "auprc", "auprc_pooled", "chance"]].mean().mean()
+            rows.append(dict(model=name, score=s, contrast=c, pathology=p, **means, dice_lo=lo, dice_hi=hi, n=len(dice), **trained, **took, why="; ".join(filter(None, [lost, gone]))))
     return pd.DataFrame(rows, columns=MATRIX)
 
 # %% ../nbs/43_tables.ipynb #6d1a7004
 def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
     "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, of variants the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
     t = matrix(results) if t is None else t
-    t = t[~t.score.str.fullmatch(r"ssim_[\d.]+").fillna(False) & (~t.model.isin(results.variants) | t.score.isin(MAIN))]
+    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin(MAIN))]
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
 
@@ -521,7 +522,7 @@ def _cost_cells(g: pd.DataFrame) -> list[Cell]:
     whys = [w for w in dict.fromkeys("; ".join(g.why).split("; ")) if w]
     why = lambda training: next((w for w in whys if ("training" in w) == training), "not recorded")
     q = g.drop_duplicates("contrast")[["parameters", "training_hours", "restore_seconds", "score_seconds"]].mean(skipna=False)
-    return [number(q.parameters, ",.0f", why=why(True)), number(q.training_hours, ".2f", why=why(True)), number(q.restore_seconds, ".3g", why=why(False)), number(q.score_seconds, ".3g", why=why(False))]
+    return [number(q.parameters, ",.0f", why=why(True)), number(q.training_hours, ".3g", why=why(True)), number(q.restore_seconds, ".3g", why=why(False)), number(q.score_seconds, ".3g", why=why(False))]
 
 COSTS = ["parameters", "training (h)", "restoring (s a volume)", "scoring (s a volume)"]
 
@@ -548,6 +549,9 @@ def cost(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
     """What a point of Dice costs: rows of model, score, dice (mean over pathologies, in points; NaN where not all were judged), parameters, training_hours, seconds (means over contrasts) and `base`, whether it is what the others are compared
     with: the highest of thresholded intensities, without those the model with fewest parameters; then points (above the base), seconds_a_point and training_hours_a_point (NaN where nothing is gained). `t`: the rows of `matrix`."""
     t, places = matrix(results) if t is None else t, len(Numbers(results).places)
+    dark = t[(t.model == NO_MODEL) & t.score.str.endswith("_dark").astype(bool)]
+    dark = dark.assign(score=dark.score.str.removesuffix("_dark"))
+    t = pd.concat([dark, t]).drop_duplicates(["model", "score", "contrast", "pathology"])                              # on T1w lesions are dark, and intensity is thresholded upside down
     chosen = {m: {*results.main_scores(m)[-1:], "ssim_mahalanobis"} for m in results.models} | {m: {"ssim_ens"} for m in results.variants} | {NO_MODEL: {s for s in PLAIN if not s.endswith("_dark")}}
     rows = [dict(model=m, score=s, dice=100 * g.dice.mean() if len(g) == places and g.dice.notna().all() else np.nan, **g.drop_duplicates("contrast")[["parameters", "training_hours", "seconds"]].mean(skipna=False), why="; ".join(w for w in dict.fromkeys(g.why) if w))
             for (m, s), g in t.groupby(["model", "score"], sort=False) if s in chosen[m]]
@@ -565,10 +569,10 @@ def table_cost(results: Results) -> Table:
     t = cost(results)
     made = Table("cost", "What does a point of Dice cost?", ["model", "score", "Dice, mean of the columns above", "points above the base", "seconds a volume", "seconds a volume and point", "parameters", "training (h)", "training a point (min)"])
     for r in t.itertuples():
-        per = lambda v, form, known: no_number("the base") if r.base else no_number("not judged everywhere") if r.dice != r.dice else no_number("gains nothing") if r.points <= 0 else number(v, form, why="not recorded")
-        made.add(r.model, score_label(r.score), number(r.dice, why="not judged everywhere"), no_number("the base") if r.base else Cell(signed(r.points)) if r.points == r.points else no_number("not judged everywhere"), number(r.seconds, ".3g", why="not recorded"), per(r.seconds_a_point, ".2g", r.seconds),
-                 number(r.parameters, ",.0f", why="not recorded"), number(r.training_hours, ".2f", why="not recorded"), per(60 * r.training_hours_a_point, ".2g", r.training_hours), kind="ens" * (r.score == "ssim_ens"))
-    if made.rows: made.notes.append(f"Each model with the score that is chosen without looking at a lesion{' (the Mahalanobis score compares several restorations, and pays for them)' if (t.score == 'ssim_mahalanobis').any() else ''}. Seconds: to restore and score a volume. "
+        per = lambda v, form: no_number("the base") if r.base else no_number("not judged everywhere") if r.dice != r.dice else no_number("gains nothing") if r.points <= 0 else no_number("costs no more") if v <= 0 else number(v, form, why="not recorded")
+        made.add(r.model, score_label(r.score), number(r.dice, why="not judged everywhere"), no_number("the base") if r.base else Cell(signed(r.points)) if r.points == r.points else no_number("not judged everywhere"), number(r.seconds, ".3g", why="not recorded"), per(r.seconds_a_point, ".2g"),
+                 number(r.parameters, ",.0f", why="not recorded"), number(r.training_hours, ".3g", why="not recorded"), per(60 * r.training_hours_a_point, ".2g"), kind="ens" * (r.score == "ssim_ens"))
+    if made.rows: made.notes.append(f"Each model with the score that is chosen without looking at a lesion{' (the Mahalanobis score compares several restorations, and pays for them)' if (t.score == 'ssim_mahalanobis').any() else ''}. Seconds: to restore and score a volume. {'Thresholded intensity: on T1w, where lesions are dark, upside down. ' if (t.model == NO_MODEL).any() else ''}"
                                     "A point: what is paid beyond the base, divided by the Dice points above it: a ratio of means, without an interval; where the points are few it says little.")
     return made
 
