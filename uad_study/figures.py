@@ -622,7 +622,7 @@ class _Sheet:
     "A heat map as a sheet of text: x in inches, a line of `height` inches for each row, a blank and a heading for each model."
     height, left, right = .185, 1.62, 2.5
     def __init__(self, places: int, lines: list, width: float = 7.2):
-        self.cell = min(.85, (width - self.left - self.right) / places)
+        self.cell = min(.85 if places > 1 else 1.4, (width - self.left - self.right) / places)
         self.x = [self.left + self.cell * (j + .5) for j in range(places)]
         self.costs = [self.left + self.cell * places + dx for dx in (.62, 1.2, 1.82, 2.42)]               # where columns end
         self.width, self.y, self.heads, at = self.costs[-1] + .06, {}, {}, 0.
@@ -661,10 +661,10 @@ def figure_matrix(results: Results):
             ax.add_patch(Rectangle((x - s.cell / 2 + .01, y - .45), s.cell - .02, .9, lw=0, **(dict(facecolor="0.94", edgecolor="0.8", hatch="/////") if r.chance_level else dict(facecolor=cmap(.85 * share)))))
             write(x, y, f"{100 * r.dice:.1f}" + "†" * r.chance_level, ha="center", color="w" if share > .82 else "k", weight="bold" if r.best else None)
             if r.best: ax.add_patch(Rectangle((x - s.cell / 2 + .015, y - .44), s.cell - .03, .88, fill=False, lw=1.3, edgecolor="k", zorder=3))
-    bar = fig.add_axes((s.left / s.width, .36 / fig.get_figheight(), 1.5 / s.width, .09 / fig.get_figheight()))
+    bar = fig.add_axes((.2 / s.width, .36 / fig.get_figheight(), 1.5 / s.width, .09 / fig.get_figheight()))
     fig.colorbar(ScalarMappable(cmap=plt.matplotlib.colors.ListedColormap(cmap(np.linspace(0, .85, 128)))), cax=bar, orientation="horizontal", ticks=[0, .5, 1], format=lambda v, _: f"{100 * v:.0f} %").outline.set_visible(False)
-    fig.text(s.left / s.width, .47 / fig.get_figheight(), "colour: share of the column's highest Dice", fontsize=6.5, va="bottom")
-    fig.text((s.left + 2.6) / s.width, .36 / fig.get_figheight(), f"boxed: highest of its column; –: not judged or not recorded\n†, grey: no better than chance, or hardly\n(AUPRC below {CHANCE:g} times that of a flat map)", fontsize=6.5, va="center")
+    fig.text(.12 / s.width, .47 / fig.get_figheight(), "colour: share of the column's highest Dice", fontsize=6.5, va="bottom")
+    fig.text(2.5 / s.width, .36 / fig.get_figheight(), f"boxed: highest of its column; –: not judged or not recorded\n†, grey: no better than chance, or hardly\n(AUPRC below {CHANCE:g} times that of a flat map)", fontsize=6.5, va="center")
     return fig
 
 # %% ../nbs/44_figures.ipynb #7e2b9004

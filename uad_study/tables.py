@@ -511,8 +511,9 @@ def matrix(results: Results) -> pd.DataFrame:
 
 # %% ../nbs/43_tables.ipynb #6d1a7004
 def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
-    "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, of variants the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
+    "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
     t = matrix(results) if t is None else t
+    if len(results.models) > 1: t = t[~t.model.isin(results.variants)]
     t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin(MAIN))]
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
@@ -536,7 +537,7 @@ def table_matrix(results: Results) -> Table:
         cells = [replace(cell, text=cell.text + "†") if (r := at.get(place)) and r.chance_level and r.dice == r.dice else cell for cell, place in zip(cells, places)]
         made.add(m, score_label(s), *cells, *_cost_cells(g), kind="ens" * (s == "ssim_ens"))
     if made.rows: made.notes += [f"Bold (or *): highest of a column on the test set, as printed. †: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere).",
-                                 "Costs: means over contrasts and folds, of one training, and of one volume from reading it to its post-processed map. " + _machines(t) + " Other work on the same machine makes them higher. Single sigmas are in tables/matrix.csv."]
+                                 "Costs: means over contrasts and folds, of one training, and of one volume from reading it to its post-processed map. " + _machines(t) + " Other work on the same machine makes them higher. Single sigmas{' and variants' * (len(results.models) > 1 and len(results.variants) > 0)} are in tables/matrix.csv."]
     return made
 
 def _machines(t: pd.DataFrame) -> str:
@@ -552,9 +553,9 @@ def cost(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
     dark = t[(t.model == NO_MODEL) & t.score.str.endswith("_dark").astype(bool)]
     dark = dark.assign(score=dark.score.str.removesuffix("_dark"))
     t = pd.concat([dark, t]).drop_duplicates(["model", "score", "contrast", "pathology"])                              # on T1w lesions are dark, and intensity is thresholded upside down
-    chosen = {m: {*results.main_scores(m)[-1:], "ssim_mahalanobis"} for m in results.models} | {m: {"ssim_ens"} for m in results.variants} | {NO_MODEL: {s for s in PLAIN if not s.endswith("_dark")}}
+    chosen = {m: {*results.main_scores(m)[-1:], "ssim_mahalanobis"} for m in results.models} | {m: {"ssim_ens"} for m in results.variants if len(results.models) < 2} | {NO_MODEL: {s for s in PLAIN if not s.endswith("_dark")}}
     rows = [dict(model=m, score=s, dice=100 * g.dice.mean() if len(g) == places and g.dice.notna().all() else np.nan, **g.drop_duplicates("contrast")[["parameters", "training_hours", "seconds"]].mean(skipna=False), why="; ".join(w for w in dict.fromkeys(g.why) if w))
-            for (m, s), g in t.groupby(["model", "score"], sort=False) if s in chosen[m]]
+            for (m, s), g in t.groupby(["model", "score"], sort=False) if s in chosen.get(m, ())]
     t = pd.DataFrame(rows, columns=["model", "score", "dice", "parameters", "training_hours", "seconds", "why"])
     judged = t.dropna(subset="dice")
     if not len(judged): return t.iloc[:0].assign(base=False, points=np.nan, seconds_a_point=np.nan, training_hours_a_point=np.nan)
