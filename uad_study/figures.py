@@ -693,7 +693,7 @@ def figure_cost(results: Results):
             for score in base.score:
                 own = everything[(everything.model == NO_MODEL) & everything.score.isin([f"{score}_dark", score]) & (everything.pathology == places[k][0]) & (everything.contrast == places[k][1])]
                 if len(own): ax.axhline(100 * own.dice.iloc[-1], color="0.4", lw=1, ls=":", zorder=0)
-            ax.set(xlabel=label, ylabel="Dice (%)" if k % n == 0 else "", ylim=(0, None))
+            ax.set(xlabel=label, ylabel="Dice (%)" if k % n == 0 else "", ylim=(0, 1.06 * ax.get_ylim()[1]))
             if i == 0: ax.set_title(f"{fill(NAMES.get(places[k][0], places[k][0]), 18)}, {places[k][1]}", fontsize=8)
     look = lambda m: dict(color=MODEL_COLORS[results.models.index(m) % 9], marker=MODEL_MARKERS[results.models.index(m) % 9], ls="", ms=5)
     scores = list(dict.fromkeys(score_label(results.main_scores(m)[-1]) for m in results.models if results.main_scores(m)))
@@ -709,7 +709,7 @@ def _draw_cost(ax, results: Results, t: pd.DataFrame, kind: str):
         if len(points) > 1: ax.plot([r[kind] for r in points], [100 * r.dice for r in points], color=color, lw=.8, ls=":", zorder=1)
         for r, face in zip(points, (color, "w")):
             if r.dice_lo == r.dice_lo: ax.plot([r[kind]] * 2, [100 * r.dice_lo, 100 * r.dice_hi], color=color, lw=1, alpha=.6, zorder=1)
-            ax.plot([r[kind]], [100 * r.dice], MODEL_MARKERS[k % 9], color=color, mfc=face, ms=5, zorder=3)
+            ax.plot([r[kind]], [100 * r.dice], MODEL_MARKERS[k % 9], color=color, mfc=face, ms=5, zorder=3, clip_on=False)
     if t[kind].notna().any():
         _log_x(ax); low, high = ax.get_xlim()
         if high < 3 * low: ax.set_xlim(low / 2, high * 2); _log_x(ax)
