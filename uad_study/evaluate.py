@@ -8,7 +8,7 @@ __all__ = ['SECONDS_COLUMNS', 'ReportConfig', 'restoration_quality', 'few_rows',
            'find_files', 'needed_rows', 'export_images']
 
 # %% ../nbs/40_evaluate.ipynb #cc17badc
-import re, time
+import json, re, time
 import numpy as np, pandas as pd
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,9 +143,10 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
 # %% ../nbs/40_evaluate.ipynb #63ca3185
 def _kept(train_dir, rows, step: int, restore: dict | None, checkpoint: str | None, draws: int = 0) -> tuple[dict, dict] | None:
     "The kept restorations that hold `rows`, or so many further `draws` of each, and their record; None where there are none."
+    restore = json.loads(json.dumps(restore or {}))                                          # several steps are a list there
     for folder in sorted(Path(train_dir).glob("draws-*" if draws else "reconstructions-*")):
         volumes, info = open_reconstructions(folder)
-        if info["step"] == step and (info.get("restore") or {}) == (restore or {}) and checkpoint in (None, info.get("checkpoint_sha256")) and info.get("draws", 0) >= draws and set(map(int, rows)) <= set(volumes): return volumes, info
+        if info["step"] == step and (info.get("restore") or {}) == restore and checkpoint in (None, info.get("checkpoint_sha256")) and info.get("draws", 0) >= draws and set(map(int, rows)) <= set(volumes): return volumes, info
 
 def kept_restorations(train_dir, rows, step: int, restore: dict | None = None, checkpoint: str | None = None, draws: int = 0) -> dict[int, np.ndarray] | None:
     """The restorations of cohort rows by the weights of a training step (of SHA-256 `checkpoint`, where that is known) that are kept in `train_dir`, made as `restore` says; None where they are not.
