@@ -13,17 +13,17 @@ from pathlib import Path
 from .core import UadError, digest
 from .cohort import Cohort, open_reconstructions, patients, write_reconstructions
 from .core import file_sha256
-from .models import RestoreConfig
+from .models import RestoreConfig, output
 from .scores import DRAWN
 from .train import generator_for, load_model, memory
 
 # %% ../nbs/34_reconstruct.ipynb #63b3e576
 def reconstruct_volume(model, volume: np.ndarray, seed_parts: tuple, device="cpu", batch_size: int = 64) -> np.ndarray:
-    "The restoration of a volume (H, W, D) in [0, 1], float32, same shape. `batch_size` slices at a time."
+    "The restoration of a volume (H, W, D) in [0, 1], float32, same shape (of a model with an `own_score`: its anomaly map). `batch_size` slices at a time."
     generator = generator_for(device, *seed_parts)
     slices = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume, -1, 0), np.float32))[:, None].to(device)
     if getattr(model.config, "shared_noise", False): batch_size = len(slices)
-    with memory(device, "engine.slots", "lower it, or restore with engine.device: cpu"): out = [model.reconstruct(x, generator) for x in slices.split(batch_size)]
+    with memory(device, "engine.slots", "lower it, or restore with engine.device: cpu"): out = [output(model, x, generator) for x in slices.split(batch_size)]
     return torch.cat(out)[:, 0].permute(1, 2, 0).cpu().numpy()
 
 def further_draws(model, volume: np.ndarray, n: int, seed_parts: tuple, device="cpu") -> np.ndarray:
@@ -34,7 +34,7 @@ def further_draws(model, volume: np.ndarray, n: int, seed_parts: tuple, device="
 RECONSTRUCT_VERSION = 4
 
 def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None, restore: RestoreConfig | None = None, draws: int = 0) -> dict[int, np.ndarray]:
-    """Restorations {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
+    """Restorations (of a model with an `own_score`: anomaly maps) {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
 
     `restore`: how a diffusion model restores (default: the paper's way). `draws`: instead, so many further restorations of each row from other noise, {row: (draws, H, W, D)} in half precision, kept in `folder`/draws-<key>.
 
@@ -49,5 +49,5 @@ def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, 
         who = patients(cohort.table)                                  # the volumes of one person meet the same noise: what differs between them is the lesion
         one = partial(further_draws, n=draws) if draws else reconstruct_volume
         volumes = (one(model, cohort.images[r], seed_parts=(seed, "restore", str(who[r])), device=device) for r in rows)
-        write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)}, tick, draws)
+        write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)} | ({"holds": model.own_score} if model.own_score else {}), tick, draws)
     return open_reconstructions(kept)[0]
