@@ -612,11 +612,12 @@ def figure_variants(results: Results, base: str):
     return fig
 
 # %% ../nbs/44_figures.ipynb #88b77d84
-def figure_look(x, x_hat, title: str = ""):
-    "Slices (n, H, W), their restorations and the absolute differences, a column each. Returns a matplotlib figure."
+def figure_look(x, x_hat, title: str = "", score: str = ""):
+    "Slices (n, H, W), their restorations and the absolute differences, a column each; with a `score`, `x_hat` is the map of that name. Returns a matplotlib figure."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, len(x), figsize=(1.15 * len(x), 3.6), dpi=80, squeeze=False, layout="constrained")
-    for axs, name, images, top in zip(axes, ("input", "restored", "difference"), (x, x_hat, np.abs(np.asarray(x) - x_hat)), (1, 1, .5)):
+    rows = [("input", x, 1), (score_label(score), x_hat, .5)] if score else [("input", x, 1), ("restored", x_hat, 1), ("difference", np.abs(np.asarray(x) - x_hat), .5)]
+    fig, axes = plt.subplots(len(rows), len(x), figsize=(1.15 * len(x), 1.2 * len(rows)), dpi=80, squeeze=False, layout="constrained")
+    for axs, (name, images, top) in zip(axes, rows):
         for ax, im in zip(axs, images): ax.imshow(np.asarray(im).T, origin="lower", cmap="gray" if top == 1 else "magma", vmin=0, vmax=top); ax.axis("off")
         axs[0].set_title(name, fontsize=8, loc="left")
     fig.suptitle(title, fontsize=9)

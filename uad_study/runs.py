@@ -669,7 +669,7 @@ def out_folder(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
         if not (out/"jobs.json").exists() and not any(at_work(f.parent) for f in out.glob("*/run.json")):      # else somebody may be writing there: a cluster's job, or what a killed driver left
-            remove_leftovers(out, out/"figures", *out.glob("train-*"))
+            remove_leftovers(out, out/"figures", *out.glob("train-*"), *out.glob("train-*/encoder"))
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out
