@@ -54,7 +54,7 @@ def rule_label(rule: str, ml: float = 1.) -> str:
 class Restored:
     """One model on one contrast and fold: its restorations {row: (H, W, D)}; the thresholds the study found, {(score, pathology): {rule: threshold}}; and how its maps are made and post-processed.
 
-    `maps`: of a method that gives maps instead of restorations, {score: {row: file}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
+    `maps`: of a method that gives maps instead of restorations, {score: {row: file, or array (H, W, D)}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
     label: str
     volumes: dict
     thresholds: dict
@@ -112,6 +112,7 @@ def restored_models(results: Results) -> list[Restored]:
                 if info["step"] != step or (info.get("restore") or {}) != (q.get("restore_config") or {}) or e["results"].get("checkpoint_sha256") not in (None, info.get("checkpoint_sha256")): continue
                 if "draws" not in info: volumes |= v
                 elif further and info["draws"] >= further: draws |= {r: a[:further] for r, a in v.items()}
+            if config.own: volumes, maps = {}, {config.own: volumes}                   # what is kept are its maps
         how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml", "mahalanobis_reg")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
                      name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, draws=draws if set(draws) >= set(volumes) else None, **how)
@@ -210,7 +211,7 @@ class _Volumes(_Thresholds):
 
     def _raw(self, s: ViewState) -> np.ndarray:
         m, (x, x_hat, mask, _) = self.models[s.model], self.case(s)
-        if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: load_map(m.maps[s.score][s.row])))
+        if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: given if isinstance(given := m.maps[s.score][s.row], np.ndarray) else load_map(given)))
         how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
         singles = [f"ssim_{v:g}" for v in m.sigmas]
