@@ -432,7 +432,7 @@ class WhyMissed:
         self._quiet = True
         try:
             for c, names, label in ((self.pathology, _restored_pathologies(self.view, model), NAMES.get), (self.score, scores, score_label)):
-                wanted = [n for n in (c.value, self._wanted, *names) if n in names]
+                wanted = [n for n in (c.value, self._wanted, *sorted(names, key=lambda n: n in PLAIN)) if n in names]
                 c.options = [(label(n), n) for n in names]
                 c.value = wanted[0] if wanted else None
         finally: self._quiet = False

@@ -384,8 +384,9 @@ def table_false_positives(results: Results) -> Table:
         at = [numbers.cases.get((m, c, "healthy", s, r)) for s in scores]
         if all(g is None for g in at): continue
         volumes = [None if g is None else per_patient(g, "predicted_ml") for g in at]
-        mean = [no_number("no threshold") if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v in volumes]
-        t.add(m, c, rules[r], max(len(v) for v in volumes if v is not None), *mean, *(no_number("no threshold") if g is None else f"{100 * (g.predicted_ml > ml).mean():.0f} %" for g in at))
+        none = [no_number("no threshold" if any((m, c, p, s) in numbers.table for p, _ in numbers.places) else "not judged") for s in scores]
+        mean = [why if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v, why in zip(volumes, none)]
+        t.add(m, c, rules[r], max(len(v) for v in volumes if v is not None), *mean, *(why if g is None else f"{100 * (g.predicted_ml > ml).mean():.0f} %" for g, why in zip(at, none)))
     if t.rows: t.notes.append(f"The rule 'healthy, {ml:g} mL' was set so that {100 - 100 * _healthy(results, 'healthy_share', .95):.3g} % of healthy validation scans may be above {ml:g} mL; the last columns say how many healthy test scans are.")
     return t
 

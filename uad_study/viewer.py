@@ -19,7 +19,7 @@ from .judge import headline_rule
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, gather, score_label
-from .scores import DRAWN, SIGMAS, score_maps, sigma_of
+from .scores import DRAWN, PLAIN, SIGMAS, score_maps, sigma_of
 from .volume import VOXEL_ML, load_map
 
 # %% ../nbs/50_viewer.ipynb #929fe5da
@@ -81,7 +81,8 @@ class Restored:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
         judged = {score for score, _ in self.thresholds}
         more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [n for n in DRAWN if n in judged and self.draws]
-        return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
+        if self.maps: return [*(n for n in PLAIN if n in judged), *self.maps]
+        return ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
 
 # %% ../nbs/50_viewer.ipynb #45a699d4
 def _thresholds(results: Results, name: str, contrast: str, fold: int) -> dict:
@@ -211,6 +212,7 @@ class _Volumes(_Thresholds):
 
     def _raw(self, s: ViewState) -> np.ndarray:
         m, (x, x_hat, mask, _) = self.models[s.model], self.case(s)
+        if m.maps and s.score in PLAIN: return score_maps(x, x, [s.score], brain_mask=mask)[s.score]
         if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: given if isinstance(given := m.maps[s.score][s.row], np.ndarray) else load_map(given)))
         how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
