@@ -161,7 +161,7 @@ def _trained(run: Path, cohort: Cohort, asked: dict, result: dict, best_step: in
     rows, done, settings = cohort.select("train", asked["fold"], contrast=asked["contrast"], pathology="healthy"), result["results"], asked["train_config"]
     curve = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
     return dict(subjects=cohort.table.subject_id.iloc[rows].nunique(), steps=done["steps"], best_step=best_step, best_val_loss=done["best_val_loss"], seconds=round(done["train_seconds"], 1),
-                batch_size=train_config(model_config(asked["model_config"]).name, settings).batch_size, precision=done["precision"], curve=curve, settings=settings, commit=result["provenance"].get("commit"))
+                batch_size=train_config(model_config(asked["model_config"]).name, settings).batch_size, precision=done["precision"], curve=curve, settings=settings, commit=result["provenance"].get("commit"), **({"encoder": done["encoder"]} if "encoder" in done else {}))
 
 def _once(model) -> dict:
     "The tensors of `model` by name; those that it has under several names (layers that MONAI's nested U-Net shares) once."
