@@ -316,7 +316,6 @@ def plan(study: Study, data_dir=None) -> list[Run]:
                 common = dict(cohort_dir=f"{at(source)}/cohort", contrast=contrast, fold=fold)
                 t = run("train", name, f"{contrast} {e.model['name']} f{fold}", common | dict(model_config=e.model, train_config=e.train) | _weights(e, contrast), [source])
                 if e.weights: t.label = f"weights {name}"
-                if e.encoder_file: t.parameters = t.parameters | dict(encoder_file=e.encoder_file)        # where it is now; what it is stands in the key
                 t = next((o for o in trains if o.key == t.key), t)
                 extra = study.report if not e.base else study.report | dict(steps_val=0, steps_test=0, post_val=0, post_test=0)         # snapshots tell about the models, not about each variant
                 trains.append(t)
@@ -530,6 +529,8 @@ def write_run(out, run: Run, study: Study, device: str):
         aside = folder.with_name(f"{folder.name}-cohort-{str(old)[-6:]}")
         shutil.rmtree(aside, ignore_errors=True); folder.rename(aside)
     with_device = dict(device=device) | (dict(devices=study.engine.devices, tensorboard=study.engine.tensorboard) if run.stage == "train" else {})
+    sha = run.parameters.get("model_config", {}).get("encoder_sha256")
+    with_device |= {"encoder_file": e.encoder_file for e in study.entries if run.stage == "train" and sha and e.encoder_file and e.model["encoder_sha256"] == sha}        # where it is now: of no matter to the result
     write_json(folder/"run.json", dict(stage=run.stage, label=run.label, key=run.key, study=study.name, parameters=run.parameters, engine=with_device, cohort=cohort), RUN)
 
 # %% ../nbs/41_runs.ipynb #e6866353
