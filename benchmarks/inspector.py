@@ -1,4 +1,4 @@
-"""How long the inspector takes, in Python and from a key to new pixels in headless Chromium: python benchmarks/inspector.py RESULTS. Writes benchmarks/inspector.md; with `--pictures` also docs/inspector.png and docs/inspector-dark.png.
+"""How long the inspector takes, in Python and from a key to new pixels in headless Chromium: python benchmarks/inspector.py RESULTS. Writes benchmarks/inspector.md; with `--pictures` only docs/inspector.png and docs/inspector-dark.png.
 
 RESULTS: the folder of a study, such as runs/demo. `explore.ipynb` is put there, as `uad explore` does."""
 import os, sys, tempfile, time
@@ -77,5 +77,4 @@ def main(out):
 
 if __name__ == "__main__":
     if not (args := [a for a in sys.argv[1:] if a != "--pictures"]): sys.exit(__doc__)
-    main(args[0])
-    if "--pictures" in sys.argv: pictures(args[0])
+    (pictures if "--pictures" in sys.argv else main)(args[0])

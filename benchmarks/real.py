@@ -9,7 +9,7 @@ from uad_study.metrics import best_threshold, dice
 from uad_study.postprocess import components
 from uad_study.prepare import lesion_on_grid, to_native
 from uad_study.runs import provenance
-from uad_study.scan import score_scan
+from uad_study.scan import judged_share, score_scan
 from uad_study.volume import load_mask, load_volume
 from uad_study.weights import load_weights
 
@@ -35,11 +35,12 @@ def judge(r, lesion):
     rows, plain = [], "intensity_dark" if r.weights.contrast == "T1w" else "intensity"                     # lesions are dark on T1w
     for s in (plain, *SHOWN):
         t = r.weights.thresholds.get(s, np.nan)
+        none = s == plain and not t < 1                                                                        # healthy scans reach its largest value, too: no threshold keeps them clear
         found = to_native(components(r.maps[s] > t, r.weights.scores.min_voxels), r.prepared)
-        row = dict(score=s, threshold=t, ml=float(found.sum() * abs(np.linalg.det(r.scan.affine[:3, :3])) / 1000))
+        row = dict(score=s, threshold=np.nan if none else t, ml=np.nan if none else float(found.sum() * abs(np.linalg.det(r.scan.affine[:3, :3])) / 1000))
         if lesion is not None:
             anomaly = to_native(r.maps[s], r.prepared)
-            row |= dict(dice=float(dice(found, lesion.data)), oracle=float(best_threshold(anomaly, lesion.data)[1]))
+            row |= dict(dice=np.nan if none else float(dice(found, lesion.data)), oracle=float(best_threshold(anomaly, lesion.data)[1]))
         rows.append(row)
     return rows
 
@@ -72,7 +73,7 @@ def run(data, trained):
         truth = load_mask(data/lesion, like=scan) if lesion else None
         for source, w in [("virtual", load_weights("ddpm", contrast))] + ([("real", load_weights(trained))] if trained and contrast == "T1w" else []):
             r = score_scan(scan, w, state=state)
-            common = dict(scan=name, contrast=contrast, weights=source, verdict=r.distance["verdict"], error=r.distance["error"]["value"], error_largest=r.distance["error"]["largest"], seconds=sum(r.seconds.values()),
+            common = dict(scan=name, contrast=contrast, weights=source, verdict=r.distance["verdict"], healthy=r.weights.card["healthy"]["n"], judged=judged_share(r.prepared, r.weights.scores.erode), error=r.distance["error"]["value"], error_largest=r.distance["error"]["largest"], seconds=sum(r.seconds.values()),
                           lesion_ml=float(truth.data.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000) if truth else None)
             rows += [common | j for j in judge(r, truth)]
             print(*(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
@@ -81,20 +82,23 @@ def run(data, trained):
 
 
 def page(t, p) -> str:
-    number = lambda v, f=".1f": "" if v is None or v != v else format(v, f)
+    number = lambda v, f=".1f": "none" if v is None or v != v else format(v, f)
+    healthy = t.groupby("weights", sort=False).healthy.first()
+    named = dict(virtual="*virtual*", real="*real*")
     def table(rows, lesions):
-        head = ["scan", "weights", "like the training?", *(["lesion (mL)"] if lesions else []), *(f"{s}: " + ("Dice, best possible, mL marked" if lesions else "mL marked") for s in ("plain intensity", "l1", "SSIM-ens"))]
+        head = ["scan", "weights", "like the training?", "judged (%)", *(["lesion (mL)"] if lesions else []), *(f"{s}: " + ("Dice, best possible, mL marked" if lesions else "mL marked") for s in ("plain intensity", "l1", "SSIM-ens"))]
         out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for (n, c, w), g in rows.groupby(["scan", "contrast", "weights"], sort=False):
             cells = [f"{number(100 * r.dice)}, {number(100 * r.oracle)}, {number(r.ml)}" if lesions else number(r.ml) for r in g.itertuples()]
-            out.append("| " + " | ".join([f"{n}, {c}", w, g.verdict.iloc[0], *([number(g.lesion_ml.iloc[0])] if lesions else []), *cells]) + " |")
+            out.append("| " + " | ".join([f"{n}, {c}", w, g.verdict.iloc[0], number(100 * g.judged.iloc[0], ".0f"), *([number(g.lesion_ml.iloc[0])] if lesions else []), *cells]) + " |")
         return "\n".join(out)
     return f"""# Real scans: what the weights say
 
 `python benchmarks/real.py --data DIR --run RUN`, {p['time'][:10]}, commit {str(p['commit'])[:12]}{' with changes' if p['dirty'] else ''}, {platform.machine()}, {p['cores']} cores, torch {torch.__version__.split('+')[0]}. The numbers: [real.json](../benchmarks/real.json).
 
 Weights: *virtual* are those that come with this package (a DDPM of 1.2 million parameters, trained on 300 brains that a program made); *real* is the same network trained on healthy T1w scans of the OASIS subjects by `uad run real-t1`
-(they are not part of this package). Thresholds are set on healthy scans of the weights' own kind, no lesion was seen; *best possible* is the Dice of the threshold that nobody knows. Dice in percent, on the scan's own grid.
+(they are not part of this package). Thresholds are set on healthy scans of the weights' own kind ({', '.join(f"{n} for {named[w]}" for w, n in healthy.items())}), no lesion was seen; plain intensity has none, for it reaches its largest value in healthy brains.
+*Best possible* is the Dice of the threshold that nobody knows. Dice in percent, on the scan's own grid; *judged* is the share of the brain that was looked at.
 A handful of scans supports no claim; they show what happens.
 
 ## With a lesion

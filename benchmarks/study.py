@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 from uad_study.results import NAMES, open_results, score_label
-from uad_study.tables import cautions, table_dice, table_restorations, table_tests, table_thresholds, table_variants
+from uad_study.tables import cautions, table_dice, table_false_positives, table_restorations, table_tests, table_thresholds, table_variants
 
 
 def markdown(cells) -> str:
@@ -37,7 +37,7 @@ def main(out, name):
     trainings = [["training", "parameters", "steps", "best step", "validation loss", "minutes"], *([t["label"], f"{q['parameters']:,}", q["steps"], q["best_step"], f"{q['best_val_loss']:.4f}", f"{q['train_seconds'] / 60:.1f}"] for t in unique for q in [t["results"]])]
     parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {commits}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
              "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), "## Dice (%)", markdown(table_dice(r)), "## SSIM-ens against l1", markdown(table_tests(r)),
-             "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## Restorations", markdown(table_restorations(r))]
+             "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## False marks in healthy scans", markdown(table_false_positives(r)), "## Restorations", markdown(table_restorations(r))]
     val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()
     parts += ["Healthy validation volumes:", markdown([["model", "contrast", "l1 (brain)", "SSIM (sigma 1.5)"], *([m, c, f"{v.l1:.4f}", f"{v.ssim:.3f}"] for (m, c), v in val.iterrows())])]
     if len(r.steps) and r.steps.groupby("model").step.nunique().max() > 1: parts += ["## Dice (%) against the length of training", f"On {r.steps.groupby(['model', 'pathology', 'step']).n_test.first().max()} test volumes a pathology.", markdown(lengths(r))]

@@ -39,7 +39,7 @@ def patient():
 def make_weights() -> Weights:
     s = phantom.healthy(1, ("T1w",))
     share = histogram(s.images["T1w"], s.brain_mask)
-    return Weights("dimmer", "T1w", Dimmer(), ScoreConfig(names=("l1", "ssim_0.9", "ssim_ens")), PLAIN, {"l1": .12, "ssim_ens": .12}, dict(healthy=dict(n=1, error=[.01], histogram=share.tolist(), apart=[.02])))
+    return Weights("dimmer", "T1w", Dimmer(), ScoreConfig(names=("l1", "ssim_0.9", "ssim_ens")), PLAIN, {"l1": .12, "ssim_ens": .12}, dict(healthy=dict(n=20, error=[.01], histogram=share.tolist(), apart=[.02])))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_the_ball_is_found_where_it_is(patient, plain):
     assert ball_found(folder, patient) > .85 and row["components"] == 1 and abs(row["volume_ml"] / 20.1 - 1) < .2
     assert s["volume_ml"] == row["volume_ml"] and abs(s["mask_ml"] / s["volume_ml"] - 1) < .1
     np.testing.assert_allclose(s["components"][0]["centre_mm"], GRID_AFFINE[:3] @ [*BALL, 1], atol=2)
+    assert .5 < s["judged_share"] < .9 and f"{100 * s['judged_share']:.0f} % of the brain was looked at" in (folder/"index.html").read_text() and s["notes"] == []
     assert s["research_only"] == RESEARCH_ONLY and s["weights"] == "dimmer" and s["verdict"] in ("in", "borderline", "out") and set(s["distance"]) == {"error", "histogram", "verdict"}
     assert {"read", "prepare", "restore", "score", "compare", "write"} == set(s["seconds"]) and str(folder.parent) not in json.dumps(s)
     restored, original = outputs(folder)["reconstruction"].get_fdata(), load_volume(folder.parents[1]/"plain.nii.gz").data
@@ -244,6 +245,30 @@ def test_bad_masks_and_settings(patient, quick, tmp_path):
     assert score_file(tmp_path/"scan.nii.gz", quick, tmp_path/"out", score="ssim_0.9", threshold=.2)["threshold"] == .2
 
 
+def test_what_is_not_looked_at(patient, quick):
+    "The share that is judged is counted by hand: the brain above the grid's lower end, less the rim."
+    from uad_study.postprocess import erode_mask
+    from uad_study.scan import judged_share
+    v = brain_scan(patient)
+    r = score_scan(v, quick, score="l1")
+    brain, judged = (v.data != 0).sum() * 8e-3, erode_mask(r.prepared.brain_mask, 3).sum() * 8e-3 / abs(np.linalg.det(r.prepared.to_atlas[:3, :3]))
+    assert abs(judged_share(r.prepared, 3) - judged / brain) < .02 and judged_share(r.prepared, 0) > judged_share(r.prepared, 3)
+
+
+def test_few_healthy_scans(patient, quick):
+    "Weights that know two healthy scans say so, and don't say what a scan is like."
+    two = replace(quick, card=dict(healthy=quick.card["healthy"] | dict(n=2)))
+    r = score_scan(brain_scan(patient), two, score="l1")
+    assert r.distance["verdict"] == "unknown" and r.notes[0].startswith("Only 2 healthy scans set the threshold")
+
+
+def test_a_threshold_that_nothing_passes(quick):
+    "Plain intensity reaches 1 in healthy scans: a threshold there would mark nothing, whatever is in the scan."
+    bright = replace(quick, scores=ScoreConfig(names=("intensity", "l1")), thresholds={"intensity": 1., "intensity_dark": .9, "l1": .1})
+    with pytest.raises(UadError, match="intensity reaches its largest value in healthy scans"): scan.choose_threshold(bright, "intensity")
+    assert scan.choose_threshold(bright, "intensity", .8) == (.8, "given") and scan.choose_threshold(bright, "intensity_dark")[0] == .9
+
+
 def test_nothing_half_written(result, tmp_path, monkeypatch):
     "A failure in the last step leaves nothing, or what was there before; a folder of somebody's own is never replaced."
     folder = tmp_path/"out"/"sub-scan_T1w"
@@ -297,12 +322,16 @@ def test_command(trained, tmp_path, monkeypatch):
         assert isinstance(error, UadError) and words in str(error) and "\n" not in str(error), error
 
 
-def test_families(monkeypatch):
+def test_families(monkeypatch, tmp_path):
     "Of packaged weights for both contrasts the scans' names choose, or --contrast."
     asked = []
     monkeypatch.setattr(scan, "packaged_weights", lambda: ["dae-T2w", "ddpm-T1w", "ddpm-T2w"]); monkeypatch.setattr(scan, "load_weights", lambda *a: asked.append(a))
     scan.weights_for("ddpm", "T2w"); scan.weights_for("ddpm", "", ["a/sub-1_T1w.nii.gz", "sub-2_T1w.nii"]); scan.weights_for("dae"); scan.weights_for("ddpm-T1w")
     assert [a[:2] for a in asked] == [("ddpm", "T2w"), ("ddpm", "T1w"), ("dae", "T2w"), ("ddpm-T1w", None)]
+    monkeypatch.chdir(tmp_path); (tmp_path/"ddpm").mkdir(); (tmp_path/"in").mkdir()                               # a folder of the user's that happens to have the name; and scans in a folder
+    for name in ("sub-1_T1w.nii.gz", "sub-2_T1w.NII.GZ", "sub-1_T1w_brainmask.nii.gz", "sub-1_FLAIR.nii.gz"): (tmp_path/"in"/name).touch()
+    scan.weights_for("ddpm", "", ["in"]); assert asked[-1][:2] == ("ddpm", "T1w")
+    assert [f.name for f in find_scans(["in"], "T1w")] == ["sub-1_T1w.nii.gz", "sub-2_T1w.NII.GZ"] and label_of("in/sub-2_T1w.NII.GZ", "T1w") == "sub-2_T1w"
     for scans in ((), ["x.nii"], ["a_T1w.nii", "a_T2w.nii"]):
         with pytest.raises(UadError, match="--contrast: is needed"): scan.weights_for("ddpm", "", scans)
 

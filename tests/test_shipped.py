@@ -1,5 +1,5 @@
 "The weights that come with the package: small, light, of subjects that no demo tests on; and in a study, in a training's place."
-import json, re
+import json, re, shutil
 import numpy as np, pytest, torch
 from conftest import one_line, uad
 from uad_study import phantom, runs
@@ -94,6 +94,9 @@ def test_a_study_that_trains_nothing(mini):
     assert uad("run", file, "--out", out).stdout.count("done already") == 4
     assert load_weights(train).card == load_weights("dae", "T2w").card                                         # its run stands for the weights ...
     one_line(uad("export", train, "--out", out.parent/"mine"), "came with the package", "dae-T2w")            # ... which need no export
+    assert load_weights(train).card["name"] == "dae-T2w"
+    stale = shutil.copytree(train, out.parent/"stale"); facts = json.loads((stale/"run.json").read_text()); facts["parameters"]["weights"]["sha256"] = "0" * 64; (stale/"run.json").write_text(json.dumps(facts))
+    with pytest.raises(UadError, match="came with another version"): load_weights(stale)
     assert not (out.parent/"mine").exists()
 
 

@@ -424,7 +424,7 @@ class Scored:
         t = Table(box=None, pad_edge=False)
         for h in ("scan", "mL", "components", "largest", "like the training?", "seconds", ""): t.add_column(h, justify="right" if h in ("mL", "components", "largest", "seconds") else "left", no_wrap=h != "scan" or not self.console.is_terminal, overflow="fold")
         for r in rows[rows.how != "failed"].itertuples():
-            style = {"in": "green", "borderline": "yellow", "out": "red"}[r.verdict]
+            style = {"in": "green", "borderline": "yellow", "out": "red", "unknown": "dim"}[r.verdict]
             t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", "done already" * (r.how == "kept"))
         if t.row_count: self.console.print(t)
         good = rows[rows.how != "failed"]

@@ -45,6 +45,7 @@ def os_error(path, error: OSError) -> UadError:
 def _renamed(path, make_parent=True):
     "Yield a temporary name beside `path`; rename it to `path` at the end, remove it on any error."
     path = Path(path)
+    if path.name in ("", ".."): raise UadError(f"{path}: is written as a whole, so it needs a name of its own: give a new one, such as {path/'new'}")
     tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def read_json(path, format: str) -> dict:
     try: data = json.loads(path.read_text())
     except FileNotFoundError: raise UadError(f"{path}: no such file") from None
     except OSError as e: raise UadError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError: raise UadError(f"{path}: is damaged (not JSON): delete it and run again") from None
+    except (ValueError, RecursionError): raise UadError(f"{path}: is damaged (not JSON): delete it and run again") from None
     found = data.get("format") if isinstance(data, dict) else None
     if found != format: raise UadError(f"{path}: is of format {found!r}, but {format!r} is needed: make it again with this version")
     return data

@@ -55,7 +55,8 @@ class ScoreConfig:
             if not 0 < q < 1: raise UadError(f"scores.healthy_rates: must lie between 0 and 1, not {q}")
         for n in ("erode", "min_voxels", "healthy_ml"):
             if getattr(self, n) < 0: raise UadError(f"scores.{n}: must be 0 or more, not {getattr(self, n)}")
-        if self.median < 1 or self.median % 2 == 0: raise UadError(f"scores.median: must be odd, 1 for none, not {self.median}")
+        if not 1 <= self.median < 2 * min(GRID_SHAPE) or self.median % 2 == 0: raise UadError(f"scores.median: must be odd, 1 for none, and below {2 * min(GRID_SHAPE)}, not {self.median}")
+        if self.erode > max(GRID_SHAPE) // 2: raise UadError(f"scores.erode: leaves nothing of a slice above {max(GRID_SHAPE) // 2}, not {self.erode}")
         if not 0 < self.healthy_share <= 1: raise UadError(f"scores.healthy_share: must lie above 0 and up to 1, not {self.healthy_share}")
 
     def names_for(self, contrast: str) -> tuple[str, ...]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIRTUAL_NOTE', 'SUMMARY', 'SCORE_VERSION', 'FOUND_COLOR', 'scan_state', 'ScanResult', 'choose_threshold',
-           'found_parts', 'contrast_note', 'score_scan', 'label_of', 'output_names', 'trained_on', 'summary_of',
-           'write_scan', 'scan_pictures', 'scan_page', 'find_scans', 'weights_for', 'mask_for', 'kept_summary',
-           'score_file', 'score_files']
+           'found_parts', 'judged_share', 'few_note', 'contrast_note', 'score_scan', 'label_of', 'output_names',
+           'trained_on', 'summary_of', 'write_scan', 'scan_pictures', 'scan_page', 'find_scans', 'weights_for',
+           'mask_for', 'kept_summary', 'score_file', 'score_files']
 
 # %% ../nbs/54_scan.ipynb #8c9910e4
 import base64, html, io, re, time
@@ -18,12 +18,12 @@ from . import __version__
 from .core import UadError, atomic_dir, atomic_file, choice, digest, file_sha256, log, placeless, read_json, write_json
 from .dataset import bids_label, settings_of, space_of
 from .judge import maps_of_volume
-from .postprocess import components, labelled, postprocess
+from .postprocess import components, erode_mask, labelled, postprocess
 from .prepare import Prepared, _resample, config_atlas, fine_affine, largest_component, prepare_scan, sample, save_transform, to_native
 from .reconstruct import further_draws, reconstruct_volume
 from .volume import GRID_SHAPE, VOXEL_ML, Volume, load_mask, load_volume, save_volume
 from .results import score_label
-from .weights import RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
+from .weights import CARD, FEW, RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
 
 # %% ../nbs/54_scan.ipynb #240e599b
 def scan_state(scan: Volume) -> str:
@@ -90,6 +90,7 @@ def choose_threshold(weights: Weights, score: str, threshold: float | None = Non
     if threshold is not None:
         if not 0 <= threshold < np.inf: raise UadError(f"threshold: must be a number of 0 or more, not {threshold}")
         return float(threshold), "given"
+    if score.startswith("intensity") and weights.thresholds.get(score, 0) >= 1: raise UadError(f"threshold: {score} reaches its largest value in healthy scans, too, so none keeps them clear: give one")
     if not np.isfinite(weights.thresholds.get(score, np.nan)): raise UadError(f"threshold: the weights {weights.name} have none for {score}: give one, or choose another score: {', '.join(weights.thresholds) or 'none has one'}")
     s = weights.scores
     return float(weights.thresholds[score]), f"{100 * s.healthy_share:g} % of the {weights.card.get('healthy', {}).get('n', '')} healthy validation scans carry at most {s.healthy_ml:g} mL above it"
@@ -105,6 +106,16 @@ def found_parts(found, score_map, prepared: Prepared) -> list[dict]:
         parts.append(dict(volume_ml=len(where) * VOXEL_ML / scale, centre_mm=(back @ atlas)[:3].round(1).tolist(), peak=float(score_map[labels == k].max()),
                           atlas_ml=len(where) * VOXEL_ML, atlas_mm=atlas[:3].round(1).tolist(), voxels=len(where)))
     return sorted(parts, key=lambda p: -p["voxels"])
+
+def judged_share(prepared: Prepared, erode: int) -> float:
+    "The share of the brain that is looked at: inside the grid's field of view, and inside the rim that erosion takes away."
+    inside = prepared.brain_mask
+    return prepared.meta["brain_inside"] * float(erode_mask(inside, erode).sum() / max(1, inside.sum()))
+
+def few_note(weights: Weights) -> str:
+    "A sentence where few healthy scans set the threshold, else ''."
+    n = weights.card["healthy"]["n"]
+    return "" if n >= FEW else f"Only {n} healthy scan{'s' * (n != 1)} set the threshold, too few to tell how many healthy scans pass it, or whether this scan is like them."
 
 VIRTUAL_NOTE = "The weights have seen virtual brains only, made by a program: of a real scan the map shows how the method works, and little about the scan. Weights of your own healthy scans: `uad run`, then `uad export`."
 
@@ -140,17 +151,19 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             maps = dict(zip(maps, postprocess(np.stack(list(maps.values())), p.brain_mask, c.erode, c.median, median_first=c.median_first)))
             found = components(maps[score] > threshold, c.min_voxels)
         with _step(seconds, "compare"): far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
-    notes = [note] * bool(note) + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
+    notes = [n for n in (note, few_note(weights)) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
     return ScanResult(scan, p, weights, score, threshold, source, state, None if weights.scores.own else x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
 
 # %% ../nbs/54_scan.ipynb #e18e365e
 SUMMARY = "uad-score/1"
-SCORE_VERSION = 2
+SCORE_VERSION = 3
 "Raised when a change alters what is written: part of a scan's key."
+
+def _stem(file) -> str: return re.sub(r"\.nii(\.gz)?$", "", Path(file).name, flags=re.I)
 
 def label_of(path, contrast: str) -> str:
     "What a scan's outputs are called: its BIDS entities ('sub-01_ses-2'), or the letters and digits of another file's name as a subject, and the contrast. Raises `UadError` when nothing is left."
-    stem = re.sub(r"\.nii(\.gz)?$", "", Path(path).name)
+    stem = _stem(path)
     bids = re.fullmatch(r"(sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9]+)*)_[A-Za-z0-9]+", stem)
     if not re.search("[A-Za-z0-9]", stem): raise UadError(f"{path}: has no letter or digit in its name to call its outputs by: rename it")
     return f"{bids[1] if bids else f'sub-{bids_label(stem)}'}_{contrast}"
@@ -172,7 +185,7 @@ def summary_of(result: ScanResult, native: dict | None = None, most: int = 20) -
     native, meta = native or result.native(), result.prepared.meta
     return dict(research_only=RESEARCH_ONLY, scan=dict(file=Path(s.path).name, sha256=_sha(s.path), shape=list(s.data.shape), spacing_mm=np.linalg.norm(s.affine[:3, :3], axis=0).round(3).tolist(), axes=s.axes, state=result.state),
                 weights=result.weights.name, weights_sha256=str(result.weights.card.get("tensors_sha256", "")), trained_on=trained_on(result.weights), contrast=result.weights.contrast, score=result.score, threshold=result.threshold, threshold_from=result.threshold_from,
-                volume_ml=round(result.volume_ml, 3), mask_ml=round(float(native["mask"].sum() * voxel), 3), atlas_ml=round(float(result.found.sum() * VOXEL_ML), 3), n_components=len(result.parts),
+                judged_share=round(judged_share(result.prepared, result.weights.scores.erode), 3), volume_ml=round(result.volume_ml, 3), mask_ml=round(float(native["mask"].sum() * voxel), 3), atlas_ml=round(float(result.found.sum() * VOXEL_ML), 3), n_components=len(result.parts),
                 components=[{k: round(v, 4) if isinstance(v, float) else v for k, v in p.items()} for p in result.parts[:most]], verdict=result.distance["verdict"], distance=result.distance, notes=result.notes,
                 preparation={k: round(v, 4) if isinstance(v, float) else v for k, v in meta.items() if not k.startswith("seconds")}, seconds=result.seconds, seconds_of_preparation={k[8:]: round(v, 2) for k, v in meta.items() if k.startswith("seconds")}, uad_study=__version__)
 
@@ -249,7 +262,7 @@ _STYLE = """
 h1{font-size:1.5rem;line-height:1.2;margin:0 0 .2rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}p{margin:.3rem 0;max-width:95ch}.lead{color:var(--soft)}
 .note{border-left:4px solid var(--warn);background:var(--warnpage);padding:.5rem 1rem;margin:.8rem 0}.note p{max-width:none}
 .facts{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.7rem;margin:.9rem 0}.facts div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem;font-size:.85rem;color:var(--soft)}.facts b{display:block;font-size:1.35rem;color:var(--ink);line-height:1.3;overflow-wrap:anywhere}
-b.in{color:var(--in)!important}b.borderline{color:var(--borderline)!important}b.out{color:var(--out)!important}
+b.in{color:var(--in)!important}b.borderline{color:var(--borderline)!important}b.out{color:var(--out)!important}b.unknown{color:var(--soft)!important}
 .planes{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.5rem .6rem}.planes h3{font-size:.9rem;font-weight:600;margin:0}figure{margin:0;position:relative;background:#000;border-radius:.35rem;overflow:hidden}figure img{width:100%;display:block;image-rendering:pixelated}
 figure i{position:absolute;font:600 .75rem system-ui;color:#d5dae1;text-shadow:0 0 3px #000,0 0 3px #000}figure .l{left:.4rem;top:.25rem}figure .r{right:.4rem;top:.25rem}
 .bar{display:inline-block;width:9rem;height:.7rem;vertical-align:-1px;border-radius:2px;position:relative;margin:0 .4rem}.bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:var(--ink);outline:1px solid var(--page)}.key s{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;vertical-align:-1px;margin-right:.3rem}
@@ -259,7 +272,8 @@ details{margin:1rem 0}summary{cursor:pointer}code{font-size:.82rem;overflow-wrap
 """
 
 # %% ../nbs/54_scan.ipynb #55592784
-_VERDICTS = dict(**{"in": "within what the weights were trained on"}, borderline="at the edge of what the weights were trained on: read the map with care", out="unlike what the weights were trained on: the map means little")
+_VERDICTS = dict(**{"in": "within what the weights were trained on"}, borderline="at the edge of what the weights were trained on: read the map with care", out="unlike what the weights were trained on: the map means little",
+                 unknown="compared with too few healthy scans to say how like the training it is")
 _KINDS = dict(scan="Scan", restoration="Restored as healthy", map="Anomaly map", found="Above the threshold")
 
 def _picture(pixels, alt: str, ends: str) -> str:
@@ -268,6 +282,13 @@ def _picture(pixels, alt: str, ends: str) -> str:
     if (pixels == pixels[..., :1]).all(): image = image.convert("L")
     image.save(buffer, "png", optimize=True)
     return f"<figure><img alt='{html.escape(alt, quote=True)}' width={pixels.shape[1]} height={pixels.shape[0]} src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'><i class=l>{ends[0]}</i><i class=r>{ends[1]}</i></figure>"
+
+def _judged(result: ScanResult, s: dict) -> str:
+    "What of the brain was looked at, and what not, as a paragraph."
+    g, rim = result.prepared.grid_affine, 2 * result.weights.scores.erode
+    low, high = g[2, 3] - 1, g[2, 3] + 2 * GRID_SHAPE[2] - 1
+    return (f"<p>{100 * s['judged_share']:.0f} % of the brain was looked at. What lies below z = {low:.0f} mm or above {high:.0f} mm of the atlas (much of the cerebellum, the brain stem, the vertex)" + (f", and the outermost {rim} mm of each slice," * (rim > 0))
+            + " was not: the map is 0 there, which says nothing.</p>")
 
 def _components_table(s: dict) -> str:
     if not s["n_components"]: return "<p>No component is above the threshold. That is no statement about the person's health.</p>"
@@ -299,22 +320,26 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
             f"<div class=note><p><b>{html.escape(RESEARCH_ONLY)}</b></p>{notes}</div><div class=facts>{boxes}</div><div class=planes{' style=grid-template-columns:repeat(3,minmax(0,1fr))' * (len(shown) == 3)}>{grid}</div>"
             f"<p class='key foot'>Planes through {'the largest component' if s['n_components'] else 'the highest score'}; L, R, P, A: the person’s left, right, back and front. Map: 0<span class=bar style='background:{inferno}'><u style='left:{min(100, 100 * s['threshold'] / top):.1f}%'></u></span>{top:.2f}, the mark at the threshold {s['threshold']:.3f}"
             f" ({e(s['threshold_from'])}). <s style='background:rgb{FOUND_COLOR}'></s>above it.</p>"
-            f"<h2>What is above the threshold</h2>{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'], own)}"
+            f"<h2>What is above the threshold</h2>{_judged(result, s)}{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'], own)}"
             f"<details><summary>Files, preparation, time</summary><p>{'<br>'.join(f'<code>{e(n)}</code> {k}' for k, n in names.items())}</p><p>Brain mask: {e(str(s['preparation'].get('mask_method', '')))}; it overlaps the atlas’s by Dice {s['preparation'].get('mask_dice', float('nan')):.2f}. Brain {s['preparation'].get('brain_ml', float('nan')):.0f} mL in the atlas."
-            f" Mask file: {s['mask_ml']:.2f} mL in the scan’s voxels; {s['atlas_ml']:.2f} mL in the atlas.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
+            f" Mask file: {s['mask_ml']:.2f} mL in the scan’s voxels; {s['atlas_ml']:.2f} mL in the atlas. It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
 
 # %% ../nbs/54_scan.ipynb #867601d9
 _LEFT_OUT = {"mask", "dseg", "seg", "probseg", "statmap", "gold", "lesion", "flair", "t2f", "t1c", "t1ce", "t1gd", "t2star", "t2starw", "t1map", "t2map", "swi", "pdw", "pd", "bold", "dwi"}
+
+def _inside(folder: Path) -> list[Path]:
+    "The .nii and .nii.gz directly in a folder whose names do not say that they are masks or what the model cannot take."
+    ends = lambda f: re.split(r"[_-]", _stem(f))[-1].lower()
+    return [f for f in sorted(folder.iterdir()) if _stem(f) != f.name and not f.name.startswith(".") and ends(f) not in _LEFT_OUT and not ends(f).endswith("mask")]
 
 def find_scans(places, contrast: str) -> list[Path]:
     "The scans that `places` name: files as they are, and of folders every .nii and .nii.gz directly in them but masks and other contrasts by the ends of their names. Raises `UadError` where nothing is."
     files = []
     for p in map(Path, places):
         if not p.is_dir(): files.append(p); continue
-        inside = sorted(f for f in p.iterdir() if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith("."))
-        ends = _LEFT_OUT | {"T1w": {"t2w", "t2"}, "T2w": {"t1w", "t1", "t1n"}}[contrast]
-        found = [f for f in inside if re.split(r"[_-]", f.name.split(".nii")[0])[-1].lower() not in ends]
-        for f in sorted(set(inside) - set(found)): log.info("%s: left out: by its name a mask, or another contrast", f)
+        others = {"T1w": {"t2w", "t2"}, "T2w": {"t1w", "t1", "t1n"}}[contrast]
+        found = [f for f in _inside(p) if re.split(r"[_-]", _stem(f))[-1].lower() not in others]
+        for f in sorted(f for f in p.iterdir() if _stem(f) != f.name and f not in found): log.info("%s: left out: by its name a mask, or another contrast", f)
         if not found: raise UadError(f"{p}: holds no scan: .nii and .nii.gz files directly in it are taken, but masks and other contrasts than {contrast} by their names")
         files += found
     return files
@@ -323,15 +348,15 @@ def weights_for(name: str, contrast: str = "", scans=(), device: str = "cpu") ->
     """`load_weights`, but of a packaged family such as 'ddpm' without a `contrast` the one that the names of all `scans` end in ('..._T1w.nii.gz'), or the only one there is. Raises `UadError` where
     that leaves both."""
     family = [c for c in ("T1w", "T2w") if f"{name}-{c}" in packaged_weights()]
-    if not contrast and family and str(name) not in packaged_weights() and not Path(name).exists():
-        said = {m[1] if (m := re.search(r"_(T1w|T2w)\.nii(\.gz)?$", Path(s).name)) else "" for s in scans}
+    if not contrast and family and str(name) not in packaged_weights() and not any((Path(name)/f).is_file() for f in (f"models/{CARD}", "run.json")):
+        said = {m[1] if (m := re.search(r"_(T1w|T2w)$", _stem(f))) else "" for s in map(Path, scans) for f in (_inside(s) if s.is_dir() else [s])}
         contrast = said.pop() if len(said) == 1 and said & {"T1w", "T2w"} else family[0] if len(family) == 1 else ""
         if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not all end in the same of _T1w and _T2w")
     return load_weights(name, contrast or None, device)
 
 def mask_for(path: Path, pattern: str) -> Path:
     "The brain mask of a scan: `pattern`, with '{name}' for the scan's name without .nii.gz; a relative one that is not there is looked for beside the scan."
-    mask = Path(pattern.replace("{name}", re.sub(r"\.nii(\.gz)?$", "", path.name)))
+    mask = Path(pattern.replace("{name}", _stem(path)))
     return path.parent/mask if not mask.is_absolute() and not mask.exists() and (path.parent/mask).exists() else mask
 
 # %% ../nbs/54_scan.ipynb #ade9bcc7

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'CARD', 'TENSORS', 'packaged_weights', 'packaged_folder', '
            'unpack_weights']
 
 # %% ../nbs/35_shipped.ipynb #6c1e03a3
-import json
+import json, torch
 from importlib.resources import files
 from pathlib import Path
 from .core import UadError, atomic_file, choice, file_sha256, nearest, read_json
@@ -36,19 +36,25 @@ def read_card(folder) -> dict:
     "The card of the weights in `folder` (with `models/` in it). Raises `UadError` where it is missing, of another format, or lacks what a model needs."
     file = Path(folder)/"models"/CARD
     card = read_json(file, FORMAT)
-    try: str(card["name"]), str(card["tensors_sha256"]), dict(card["model"]), dict(card["training"]), card["restore"]
+    try: str(card["name"]), str(card["tensors_sha256"]), dict(card["model"]), dict(card["training"]), card["restore"], dict(card["data"]), dict(card["healthy"])
     except (KeyError, TypeError, ValueError): raise UadError(f"{file}: is incomplete or damaged: export the weights again") from None
     choice(card.get("contrast"), ("T1w", "T2w"), f"{file}: contrast")
     return card
 
 def read_model(folder, card: dict, restore: RestoreConfig | None = None):
     "The model of the weights in `folder`, in evaluation mode on the CPU. Raises `UadError` where the tensors are not those of the card, or not of its model; nothing in them is executed."
+    from safetensors import safe_open
     from safetensors.torch import load_model as fill
     file = Path(folder)/"models"/TENSORS
     config = model_config(card["model"], f"{file.with_name(CARD)}: model")
     if not file.is_file() or file_sha256(file) != card["tensors_sha256"]: raise UadError(f"{file}: is missing, or not what its card says: export the weights again")
-    model = build_model(config, restore=restore)
-    try: fill(model, str(file))
+    try:
+        with torch.device("meta"): planned = {k: tuple(p.shape) for k, p in build_model(config).named_parameters()}                 # no memory is taken for a model that is not that of the tensors
+        with safe_open(str(file), "pt") as kept: there = {k: tuple(kept.get_slice(k).get_shape()) for k in kept.keys()}
+        if not planned.items() <= there.items(): raise UadError(f"{file}: do not fit the card's model (other shapes): export the weights again")
+        model = build_model(config, restore=restore)
+        fill(model, str(file))
+    except UadError: raise
     except Exception as e: raise UadError(f"{file}: do not fit the card's model ({type(e).__name__}): export the weights again") from None
     return model.eval()
 
