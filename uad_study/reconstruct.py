@@ -6,6 +6,7 @@
 __all__ = ['RECONSTRUCT_VERSION', 'reconstruct_volume', 'further_draws', 'reconstruct_cohort']
 
 # %% ../nbs/34_reconstruct.ipynb #3804b3d9
+import time
 import numpy as np, torch
 from dataclasses import asdict
 from functools import partial
@@ -33,10 +34,18 @@ def further_draws(model, volume: np.ndarray, n: int, seed_parts: tuple, device="
 # %% ../nbs/34_reconstruct.ipynb #a9c687e3
 RECONSTRUCT_VERSION = 4
 
+def _timed(restored, rows, record: dict, each: int, device):
+    "`restored(row)` of the rows, one by one; after the last, `record` says what one of the `each` restorations of a row took."
+    spent = []
+    for r in rows:
+        start = time.perf_counter(); x_hat = restored(r); spent.append(time.perf_counter() - start)
+        yield x_hat
+    if spent: record |= {"seconds": round(float(np.median(spent)) / each, 5), "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu", "threads": torch.get_num_threads()}
+
 def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None, restore: RestoreConfig | None = None, draws: int = 0) -> dict[int, np.ndarray]:
     """Restorations (of a model with an `own_score`: anomaly maps) {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
 
-    `restore`: how a diffusion model restores (default: the paper's way). `draws`: instead, so many further restorations of each row from other noise, {row: (draws, H, W, D)} in half precision, kept in `folder`/draws-<key>.
+    `restore`: how a diffusion model restores (default: the paper's way). The record beside them holds the median `seconds` of one restoration, the `device` and the CPU `threads`. `draws`: instead, so many further restorations of each row from other noise, {row: (draws, H, W, D)} in half precision, kept in `folder`/draws-<key>.
 
     Raises `UadError` when the weights were trained on another contrast than a row's, and for `draws` of a model that restores always the same."""
     key = digest(RECONSTRUCT_VERSION, file_sha256(checkpoint), cohort.info["sha256"]["images"], [int(r) for r in rows], seed, restore, *([draws] if draws else []))
@@ -48,6 +57,6 @@ def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, 
         if draws and not model.restores: raise UadError(f"{checkpoint}: the model {model.config.name!r} restores always the same, so there is nothing to draw: score it without {' and '.join(DRAWN)}")
         who = patients(cohort.table)                                  # the volumes of one person meet the same noise: what differs between them is the lesion
         one = partial(further_draws, n=draws) if draws else reconstruct_volume
-        volumes = (one(model, cohort.images[r], seed_parts=(seed, "restore", str(who[r])), device=device) for r in rows)
-        write_reconstructions(kept, rows, volumes, {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)} | ({"holds": model.own_score} if model.own_score else {}), tick, draws)
+        record = {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)} | ({"holds": model.own_score} if model.own_score else {})
+        write_reconstructions(kept, rows, _timed(lambda r: one(model, cohort.images[r], seed_parts=(seed, "restore", str(who[r])), device=device), rows, record, max(draws, 1), device), record, tick, draws)
     return open_reconstructions(kept)[0]

@@ -15,12 +15,12 @@ from pathlib import Path
 from . import __version__
 from .core import UadError, atomic_dir, atomic_file, file_sha256, placeless, read_json, write_json
 from .cohort import Cohort
-from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_post, figure_sigma, figure_size,
+from .figures import (figure_alpha, figure_calibration, figure_cases, figure_ceiling, figure_cost, figure_curves, figure_fold_spread, figure_gap, figure_maps, figure_matrix, figure_post, figure_sigma, figure_size,
                                figure_thresholds, figure_training, figure_transfer, figure_variants)
 from .interactive import write_interactive
 from .results import JUDGEMENT, NAMES, Results, judgement
 from .runs import RESULT, slug
-from .tables import (Table, cautions, html, latex, no_number, number, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations, table_sizes,
+from .tables import (Table, cautions, html, latex, matrix, no_number, number, table_auprc, table_calibration, table_cost, table_dice, table_false_positives, table_folds, table_lesions, table_matrix, table_restorations, table_sizes,
                               table_tests, table_thresholds, table_variants)
 
 # %% ../nbs/46_report.ipynb #62fc8061
@@ -45,12 +45,14 @@ def page_of(title: str, body: str, generator: str, kind: str = "", style: str = 
 
 # %% ../nbs/46_report.ipynb #64e54316
 SECTIONS = {
-    "Dice by score and pathology": (table_dice,), "SSIM-ens against other scores": (table_tests,), "Lesion by lesion, and by size": (table_lesions, table_sizes), "Whose threshold?": (table_thresholds,),
+    "Dice by score and pathology": (table_dice,), "The matrix: which model, which score, at what cost?": (table_matrix, table_cost), "SSIM-ens against other scores": (table_tests,), "Lesion by lesion, and by size": (table_lesions, table_sizes), "Whose threshold?": (table_thresholds,),
     "Over all thresholds": (table_auprc,), "Healthy scans": (table_false_positives, table_calibration), "The ceiling": (), "Which sigma?": (), "Folds": (table_folds,), "What matters": (table_variants,),
     "How subtle may a lesion be?": (), "Cases": (), "How good are the restorations?": (table_restorations,), "Training": ()}
 "The headings of the page in order, and the tables below each. A heading without anything below it is left out."
 
 FIGURES = (
+    (figure_matrix, "The matrix: which model, which score, at what cost?", "Dice (%) on the test set of every model with every score, coloured by its share of the column's highest; at the right, what it takes: a training (mean over contrasts and folds), and a volume to be restored and scored. A score over several restorations pays for each."),
+    (figure_cost, "The matrix: which model, which score, at what cost?", "What does a point of Dice cost? Dice with its 95 % interval over patients against the seconds that a volume takes to be restored and scored (left out where no run recorded them), and against parameters. Each model with the score that is chosen without looking at a lesion; joined to it, the score over several restorations. Dotted: intensity, thresholded without a model."),
     (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines join groups of patients of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
     (figure_transfer, "Whose threshold?", "Dice (%) of {model} at each threshold rule (rows) on each test set (columns). Boxed: the headline threshold. Small numbers: change in Dice points against it; colour: the same in percent, orange lost and purple gained. A dash was not tried."),
     (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule. Where folds scatter as wide as the rules differ, a rule has little to say. Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
@@ -165,7 +167,7 @@ def _where_from(results: Results, provenance: dict) -> str:
     out += [f"<details><summary>{escape(r['label'])}: settings, results, versions</summary><pre>{escape(json.dumps(r, indent=1))}</pre></details>" for r in provenance["runs"]]
     out.append(f"<details><summary>The volumes: preparation and hashes</summary><pre>{escape(json.dumps(provenance['volumes'], indent=1))}</pre></details>")
     return "".join(out) + (f"<p class=below>Beside this page: interactive.html (hover names the patient), table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
-                           f"tables/*.tex, figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
+                           f"tables/*.tex, {'tables/matrix.csv (every model, score and pathology with its costs), ' if len({*results.models, *results.variants}) > 1 else ''}figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
 def _task(results: Results) -> str:
     "What the models do, in words: most restore."
@@ -186,7 +188,7 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
 
 # %% ../nbs/46_report.ipynb #7dee2fc9
 def write_report(results: Results, out_dir):
-    """Write to `out_dir`: report.html and interactive.html (each needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex and figures/*.png and *.pdf.
+    """Write to `out_dir`: report.html and interactive.html (each needs nothing else), table.csv, cases.csv, cases.parquet, judgement.json, provenance.json, tables/*.tex, of a study of several models tables/matrix.csv, and figures/*.png and *.pdf.
 
     Each file, and each of the two folders, is there whole or not at all; the folders hold nothing else afterwards."""
     out_dir = Path(out_dir)
@@ -194,6 +196,7 @@ def write_report(results: Results, out_dir):
     tables["Training"].append(table_trainings(results))
     with atomic_dir(out_dir/"tables") as folder:
         for t in [t for made in tables.values() for t in made if t.rows]: (folder/f"{t.name}.tex").write_text(latex(t))
+        if len(everything := matrix(results)): everything.to_csv(folder/"matrix.csv", index=False)
     with atomic_dir(out_dir/"figures") as folder:
         for name, heading, caption, fig in drawn_figures(results, FIGURES): figures.setdefault(heading, []).append(_figure(save_figure(fig, folder/name), caption))
     page = report_page(results, tables, figures, provenance)

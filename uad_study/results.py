@@ -14,7 +14,7 @@ from pathlib import Path
 from . import __version__
 from .core import UadError, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort, Item, write_cohort, write_reconstructions
-from .evaluate import kept_restorations
+from .evaluate import SECONDS_COLUMNS, kept_restorations
 from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
 from .runs import PLAN, RESULT, RUN, STAGES, planned_report
@@ -129,7 +129,8 @@ class Results(_OnDisk):
     """What the evaluations in `evaluate_dirs` found. Each table of `CASE_TABLES` is an attribute, and so is `table` (the rows of table.csv).
 
     `evaluations`: their result.json; beside each, None where it is not there: `trainings` (result.json), `train_dirs`, `losses` (records of metrics.jsonl). `labels`: what the tables call each;
-    `models`: these without the variants; `variants`: {label: {'base', 'says'}}; `notes`: sentences about what is missing. `cohort`: the volumes, None where they are elsewhere."""
+    `models`: these without the variants; `variants`: {label: {'base', 'says'}}; `notes`: sentences about what is missing. `cohort`: the volumes, None where they are elsewhere.
+    `seconds`: what a volume takes (`evaluate.SECONDS_COLUMNS`), without rows where no evaluation recorded it."""
     def __init__(self, title, study, cohort_dir, evaluate_dirs, variants=(), notes=()):
         self.title, self.study, self.notes = title, study, list(notes)
         self.cohort = Cohort(cohort_dir) if cohort_dir else None
@@ -143,6 +144,7 @@ class Results(_OnDisk):
         self.labels = [e["parameters"]["label"] for e in self.evaluations]
         self.variants = {v["label"]: v for v in variants}
         for name in CASE_TABLES: setattr(self, name, _read_tables(self.evaluate_dirs, name))
+        self.seconds = _read_tables([d for d in self.evaluate_dirs if (d/"seconds.csv").is_file()], "seconds").reindex(columns=SECONDS_COLUMNS)
         if not len(self.cases): raise UadError(f"{self.evaluate_dirs[0]/'cases.csv'}: holds no case: the test set is empty")
         twice = self.cases.duplicated(["model", "contrast", "pathology", "score", "fold", "subject_id", "threshold_from"])
         if twice.any(): raise UadError(f"{self.evaluate_dirs[0]/'cases.csv'}: {self.cases[twice].iloc[0].subject_id} is judged twice by {self.cases[twice].iloc[0].model}: delete the folder that should not be there and run again")
@@ -295,8 +297,10 @@ def judgement(results: Results) -> dict:
                 cases=plain(c[[*keys, "subject_id", "patient_id", "threshold_from", "threshold", "lesion_ml", "dice", "auprc"]]), missing=results.notes)
 
 # %% ../nbs/42_results.ipynb #7ca713bc
-def invented_study(folder, folds: int = 3, patients: int = 6, seed: int = 0) -> Results:
-    "The results of a study that never ran, written to `folder` (cohort, train, evaluate): invented numbers, for trying tables and figures. Tumour and MS on T2w; SSIM is best at sigma 1.3 and 0.7."
+def invented_study(folder, folds: int = 3, patients: int = 6, seed: int = 0, more: tuple = ()) -> Results:
+    """The results of a study that never ran, written to `folder` (cohort, train, evaluate): invented numbers, for trying tables and figures. Tumour and MS on T2w; SSIM is best at sigma 1.3 and 0.7.
+
+    `more`: names of further models, each with half the Dice of the one before, in folders of their own (train-NAME, evaluate-NAME); the first of them says what a volume takes, and so does the DDPM then."""
     from scipy.ndimage import gaussian_filter
     from uad_study import phantom
     out, rng, best = Path(folder), np.random.default_rng(seed), {"tumour": 1.3, "ms": .7}
@@ -305,24 +309,28 @@ def invented_study(folder, folds: int = 3, patients: int = 6, seed: int = 0) -> 
     write_cohort(out/"cohort", items, len(items), {"source": "virtual"})
     cohort = Cohort(out/"cohort")
     write_reconstructions(out/"train"/"reconstructions-0", [0, 1], [gaussian_filter(cohort.twins[r], .6) for r in (0, 1)], {"step": 900})
-    (out/"train"/"metrics.jsonl").write_text("".join(json.dumps(dict(step=s, val_loss=.1 + .5 * .7**(s / 20))) + "\n" for s in range(0, 901, 60)))
-    (out/"evaluate").mkdir()
-    for name, rows in _invented_tables(best, folds, patients, rng).items(): pd.DataFrame(rows).to_csv(out/"evaluate"/f"{name}.csv", index=False)
-    provenance = dict(commit=None, dirty=None, packages={}, device="cpu", time="2024-05-27T09:00:00Z", seconds=60.)
-    results = dict(parameters=1000, steps=900, best_step=900, best_val_loss=.1, train_volumes=9, train_seconds=60)
-    write_json(out/"train"/"result.json", dict(label="train T2w ddpm f0", key="t0", parameters=dict(contrast="T2w", fold=0, model_config={"name": "ddpm"}), results=results, provenance=provenance), RESULT)
-    write_json(out/"evaluate"/"result.json", dict(label="evaluate T2w ddpm f0", key="e0", parameters=dict(contrast="T2w", fold=0, label="ddpm", train_dir="../train", score_config={}), results={}, provenance=provenance), RESULT)
-    return Results("An invented study", "invented", out/"cohort", [out/"evaluate"])
+    for k, model in enumerate(("ddpm", *more)):
+        train, evaluate = (out/(name + f"-{model}" * (k > 0)) for name in ("train", "evaluate"))
+        for d in (train, evaluate): d.mkdir(exist_ok=True)
+        (train/"metrics.jsonl").write_text("".join(json.dumps(dict(step=s, val_loss=.1 + .5 * .7**(s / 20))) + "\n" for s in range(0, 901, 60)))
+        tables = _invented_tables(best, folds, patients, rng, model, .5**k)
+        if more and k < 2: tables["seconds"] = [dict(model=model, contrast="T2w", fold=f, score=s, restorations=1, restore_seconds=4. / 10**k, score_seconds=c, device="cpu", threads=1) for f in range(folds) for s, c in (("l1", .1), ("ssim_ens", .6))]
+        for name, rows in tables.items(): pd.DataFrame(rows).to_csv(evaluate/f"{name}.csv", index=False)
+        provenance = dict(commit=None, dirty=None, packages={}, device="cpu", time="2024-05-27T09:00:00Z", seconds=60.)
+        results = dict(parameters=1000 // (k + 1), steps=900, best_step=900, best_val_loss=.1, train_volumes=9, train_seconds=60 * (k + 1))
+        write_json(train/"result.json", dict(label=f"train T2w {model} f0", key=f"t{k}", parameters=dict(contrast="T2w", fold=0, model_config={"name": model}), results=results, provenance=provenance), RESULT)
+        write_json(evaluate/"result.json", dict(label=f"evaluate T2w {model} f0", key=f"e{k}", parameters=dict(contrast="T2w", fold=0, label=model, train_dir=f"../{train.name}", score_config={}), results={}, provenance=provenance), RESULT)
+    return Results("An invented study", "invented", out/"cohort", [out/"evaluate", *(out/f"evaluate-{m}" for m in more)])
 
-def _invented_tables(best, folds, patients, rng) -> dict[str, list[dict]]:
-    "Rows of every table of `CASE_TABLES`."
+def _invented_tables(best, folds, patients, rng, model: str = "ddpm", skill: float = 1.) -> dict[str, list[dict]]:
+    "Rows of every table of `CASE_TABLES`, of a model whose Dice and AUPRC are those of the best one times `skill`."
     names, rules = ["l1", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_uniform", "ssim_ens"], dict(val=1, healthy=.7, oracle=1.05) | {"healthy:1%": .9, "healthy:5%": .5, "healthy:10%": .3, "val, components inside": 1.01}
     t = {name: [] for name in CASE_TABLES}
     def invent(p, score):
         d = dict(l1=.18, ssim_uniform=.25, ssim_ens=.27).get(score)
-        return (.3 - .12 * abs(float(score[5:]) - best[p]) if d is None else d) * (1 if p == "tumour" else .5)
+        return (.3 - .12 * abs(float(score[5:]) - best[p]) if d is None else d) * (1 if p == "tumour" else .5) * skill
     for fold, p, score in [(f, p, s) for f in range(folds) for p in best for s in names]:
-        common, other = dict(model="ddpm", contrast="T2w", pathology=p, fold=fold, score=score), next(q for q in best if q != p)
+        common, other = dict(model=model, contrast="T2w", pathology=p, fold=fold, score=score), next(q for q in best if q != p)
         t["pooled"].append(common | dict(threshold=.3, val_dice=.3, oracle_threshold=.3, oracle_pooled_dice=.3, healthy_threshold=.5, auprc_pooled=invent(p, score), prevalence=.02, chance=.025, n_val=2, n_test=patients))
         for i in range(patients):
             who, ml = dict(subject_id=f"{p}-{i}", patient_id=f"{p}-{i}"), float(np.exp(rng.normal(3 if p == "tumour" else 1, .8)))
@@ -338,12 +346,12 @@ def _invented_tables(best, folds, patients, rng) -> dict[str, list[dict]]:
         if score in ("l1", "ssim_ens"):
             t["steps"] += [common | dict(step=s, dice=invent(p, score) * (1 - .7**(s / 25)), n_test=2, l1=.05, ssim=.8, l1_lesion=.1, copied=.2) for s in (100, 300, 900)]
     for fold, score in [(f, s) for f in range(folds) for s in names]:
-        common = dict(model="ddpm", contrast="T2w", pathology="healthy", fold=fold, score=score)
+        common = dict(model=model, contrast="T2w", pathology="healthy", fold=fold, score=score)
         for q in (.001, .002, .005, .01, .02, .05, .1, .2): t["calibration"].append({k: common[k] for k in ("model", "contrast", "fold", "score")} | dict(nominal=q, threshold=1 - q, observed=q * 1.2, fp_ml=1500 * q, n_val=4, n_test=5))
         for i in range(5):
             t["cases"] += [common | dict(subject_id=f"healthy-{i}", patient_id=f"healthy-{i}", threshold_from=rule, threshold=.3, auprc=np.nan, dice=np.nan, dice_released=0., lesion_ml=0., predicted_ml=ml, false_ml=ml, lesions=0, lesions_false=2)
                            for rule, ml in {"val:tumour": 4. + i, "val:ms": 6. + i, "healthy": .1 * i, "healthy:1%": 12. + i}.items()]
-    t["restorations"] = [dict(model="ddpm", contrast="T2w", fold=0, subject_id=f"{p}-0", pathology=p, split="test", l1=.05, ssim=.8, l1_lesion=.1, copied=.2) for p in best]
+    t["restorations"] = [dict(model=model, contrast="T2w", fold=0, subject_id=f"{p}-0", pathology=p, split="test", l1=.05, ssim=.8, l1_lesion=.1, copied=.2) for p in best]
     for p, s, m, e in [(p, s, m, e) for p in best for s in SIGMAS for m in (1, 3, 5) for e in (0, 3)]:
         t["post"].append(dict(model="perfect map", contrast="T2w", pathology=p, fold=0, score=f"truth_{s:g}", median=m, erode=e, threshold=.3, dice=1 - .05 * m - .1 * abs(s - .7) - .02 * e, n_test=patients))
     return t
