@@ -516,7 +516,7 @@ def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFram
     "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
     t = matrix(results) if t is None else t
     if len(results.models) > 1: t = t[~t.model.isin(results.variants)]
-    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin(MAIN))]
+    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin([*MAIN, *OWN]))]
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
 
