@@ -77,7 +77,7 @@ def test_bad_settings_are_one_line(tmp_path):
 
 def test_every_model_has_its_authors_training():
     assert {n: (train_config(n).lr, train_config(n).lr_schedule, train_config(n).amsgrad) for n in MODELS} == {
-        "ae": (1e-4, "constant", False), "ssim_ae": (2e-4, "constant", False), "vae": (1e-4, "constant", False), "dae": (1e-4, "cosine", True), "ddpm": (1e-5, "constant", False), "ddpm_gaussian": (1e-5, "constant", False), "pddpm": (1e-5, "constant", False), "cddpm": (1e-5, "constant", False)}
+        "ae": (1e-4, "constant", False), "ssim_ae": (2e-4, "constant", False), "vae": (1e-4, "constant", False), "dae": (1e-4, "cosine", True), "ddpm": (1e-5, "constant", False), "ddpm_gaussian": (1e-5, "constant", False), "pddpm": (1e-5, "constant", False), "cddpm": (1e-5, "constant", False), "fae": (2e-4, "constant", False)}
 
 
 @pytest.fixture(scope="module")

@@ -441,7 +441,7 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
           brain_mask: Annotated[str, typer.Option(help="The scan's brain mask; of several scans a pattern, such as 'masks/{name}_mask.nii.gz'. Without one it is found (minutes rather than seconds).")] = "",
           state: Annotated[str, typer.Option(help="head or stripped (default: auto, by the volume of what is not 0).")] = "auto",
           threshold: Annotated[Optional[float], typer.Option(help="What is above it is marked (default: that of the weights, set on healthy scans).")] = None,
-          name: Annotated[str, typer.Option("--score", help="The score of map, mask and page: ssim_ens, l1, ssim_0.9 ... (all are kept).")] = "ssim_ens",
+          name: Annotated[str, typer.Option("--score", help="The score of map, mask and page: ssim_ens, l1, ssim_0.9 ... (all are kept; default: ssim_ens, or the own score of weights that restore nothing).")] = "",
           device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu", verbose: Verbose = False):
     "Your own scans through finished weights: anomaly map and mask on the scan's own grid, a summary, and a page to look at. Research use only. Exit code 1 if some scans failed."
     from uad_study.core import choice
@@ -457,7 +457,7 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
     if len(files) == 1 and len(failed): raise UadError(failed.error.iloc[0])
     show.table(table, out)
     for e in failed.error: print(f"failed: {e}", file=sys.stderr)
-    print(f"{RESEARCH_ONLY}\nweights {w.name} ({w.contrast})" + (f", {name} above {table.threshold.dropna().iloc[0]:.4g}" if len(failed) < len(table) else ""))
+    print(f"{RESEARCH_ONLY}\nweights {w.name} ({w.contrast})" + (f", {name or w.score} above {table.threshold.dropna().iloc[0]:.4g}" if len(failed) < len(table) else ""))
     if len(failed): raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #96098fe8

@@ -16,7 +16,7 @@ from .core import UadError, atomic_file, file_sha256
 from .cohort import Cohort, open_reconstructions
 from .dataset import bids_label
 from .judge import ScoreConfig, judge, maps_of_reconstruction, maps_of_truth, perfect_names, post_processed, sweep
-from .models import RestoreConfig
+from .models import RestoreConfig, model_label
 from .reconstruct import reconstruct_cohort
 from .scores import DRAWN, PLAIN, ssim_map
 from .train import load_model
@@ -105,21 +105,21 @@ def seconds_a_volume(cohort: Cohort, rows, x_hat: dict, names, config: ScoreConf
 # %% ../nbs/40_evaluate.ipynb #ff045281
 def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict, folder, config: ScoreConfig = ScoreConfig(), label: str = "restorations", perfect: bool = True,
                           report: ReportConfig = ReportConfig(), snapshots: dict | None = None, tick=None, draws: dict | None = None, restoring: dict | None = None) -> dict[str, pd.DataFrame]:
-    """Judge restorations {row: (H, W, D)} by every score of `config`; the volumes are those of the contrast that `x_hat` holds. Writes the tables of `evaluate_maps`, and restorations.csv, steps.csv and seconds.csv (of `seconds_a_volume`), to `folder`; returns them.
+    """Judge restorations {row: (H, W, D)} by every score of `config` (with a score of `scores.OWN` there, these are its maps); the volumes are those of the contrast that `x_hat` holds. Writes the tables of `evaluate_maps`, and restorations.csv, steps.csv and seconds.csv (of `seconds_a_volume`), to `folder`; returns them.
 
-    `snapshots`: {training step: function (rows) -> restorations}, of which l1 and SSIM-ens are judged on a few volumes. `draws`: {row: (config.draws - 1, H, W, D)}, further restorations, for scores that need several.
+    `snapshots`: {training step: function (rows) -> restorations}, of which l1 and SSIM-ens (or the own score) are judged on a few volumes. `draws`: {row: (config.draws - 1, H, W, D)}, further restorations, for scores that need several.
     `restoring`: the record of what a restoration took, where there is one."""
-    names, table = config.names_for(contrast), cohort.table
+    names, table, own = config.names_for(contrast), cohort.table, config.own
     rows = {s: np.array([r for r in cohort.select(s, fold, contrast=contrast) if r in x_hat], int) for s in ("val", "test")}
     tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config, draws and draws[r]), names, folder, config, label, perfect, report, tick, rows)
     split = {int(r): s for s in rows for r in rows[s]}
     tables["restorations"] = pd.DataFrame([dict(model=label, contrast=contrast, fold=fold, subject_id=table.subject_id.iloc[r], pathology=table.pathology.iloc[r], split=split[r]) | restoration_quality(cohort, r, x_hat[r])
-                                           for r in split])
-    few, pair, steps = few_rows(cohort, fold, contrast, report.steps_val, report.steps_test), ("l1", "ssim_ens"), []
+                                           for r in (() if own else split)])
+    few, pair, steps = few_rows(cohort, fold, contrast, report.steps_val, report.steps_test), (own,) if own else ("l1", "ssim_ens"), []
     for step, restored in (snapshots or {}).items() if len(few["val"]) and len(few["test"]) else ():
         some = restored(np.concatenate([few["val"], few["test"]]))
         t = judge(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, some[r], pair, config).values(), pair, config, Path(folder)/f"step-{step}", label, tick, few, brief=True)["cases"]
-        quality = pd.DataFrame([restoration_quality(cohort, r, some[r]) for r in few["test"]]).mean()
+        quality = {} if own else pd.DataFrame([restoration_quality(cohort, r, some[r]) for r in few["test"]]).mean()
         steps += [dict(model=label, contrast=contrast, fold=fold, step=step, pathology=p, score=s, dice=g.dice.mean(), n_test=len(g), **quality) for (p, s), g in (t.groupby(["pathology", "score"]) if len(t) else ())]
     tables["steps"] = pd.DataFrame(steps)
     tables["seconds"] = seconds_a_volume(cohort, rows["test"][:2], x_hat, names, config, draws, restoring).assign(model=label, contrast=contrast, fold=fold)
@@ -130,15 +130,17 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
                       label: str = "", restore: RestoreConfig | None = None) -> dict[str, pd.DataFrame]:
     """Restore and judge what the training in `train_dir` learnt: `evaluate_restorations` of its best weights and of its snapshots. Restorations are kept in `train_dir`.
 
-    `label`: what the tables call it (default: the model's name); `restore`: how a diffusion model restores."""
+    `label`: what the tables call it (default: see `models.model_label`); `restore`: how a diffusion model restores. A model that makes its maps itself is judged by these and the plain scores of `config`.
+    Raises `UadError` where `config` has nothing but scores that the model does not give."""
     train_dir = Path(train_dir)
     model, info = load_model(train_dir/"best.pt", device)
+    config = config.for_own(model.own_score) if model.own_score else config.without_own()
     restored = lambda file, draws=0: lambda rs: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, draws=draws, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}{', further draws' * bool(draws)}")))
     rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
     x_hat, draws = restored(train_dir/"best.pt")(rows), restored(train_dir/"best.pt", config.draws - 1)(rows) if config.drawn else None
     snapshots = {int(f.stem.split("-")[1]): restored(f) for f in sorted(train_dir.glob("snapshot-*.pt"))} | {info["step"]: lambda rs: x_hat}
     restoring = _kept(train_dir, rows, info["step"], restore and asdict(restore), file_sha256(train_dir/"best.pt"))[1]
-    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label or model.config.name, perfect, report, snapshots, tick, draws, restoring)
+    return evaluate_restorations(cohort, contrast, fold, x_hat, folder, config, label or model_label(model.config), perfect, report, snapshots, tick, draws, restoring)
 
 # %% ../nbs/40_evaluate.ipynb #63ca3185
 def _kept(train_dir, rows, step: int, restore: dict | None, checkpoint: str | None, draws: int = 0) -> tuple[dict, dict] | None:

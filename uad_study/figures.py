@@ -16,8 +16,8 @@ from functools import wraps
 from textwrap import fill
 from .metrics import bootstrap_interval
 from .postprocess import components, postprocess
-from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label
-from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS
+from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
+from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
 from .tables import CHANCE, NO_MODEL, cost, matrix, matrix_shown, variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
@@ -25,7 +25,7 @@ class _Colors(dict):
     "Colours by score; one that is not known (of another method's maps) has one of four, by its name."
     def __missing__(self, score): return ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7")[zlib.crc32(score.encode()) % 4]
 
-COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "l1_ssim": "#661100", "intensity": "#333333", "perfect map": "#8C8C8C"})
+COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "feature_ssim": "#7B4FB5", "l1_ssim": "#661100", "intensity": "#333333", "perfect map": "#8C8C8C"})
 "The colour of each score; 'ssim' is SSIM at one sigma."
 RESULT_COLORS = {"found": (0, 158, 115), "false alarm": (230, 159, 0), "missed": (204, 121, 167)}
 "The colours (RGB) of true positive, false positive and missed voxels over a scan."
@@ -414,7 +414,7 @@ def figure_calibration(results: Results, model: str | None = None):
 
 # %% ../nbs/44_figures.ipynb #a256314e
 @_printed
-def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", *ENSEMBLES, *DRAWN)):
+def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", *ENSEMBLES, *DRAWN, *OWN)):
     "Dice of each fold beside the 95 % interval over patients, a panel per pathology. Returns a matplotlib figure, None with a single fold."
     model = model or results.models[0]
     if results.rows(model=model).fold.nunique() < 2: return None
@@ -446,11 +446,12 @@ def _show(ax, image, **kw):
 
 @_printed
 def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.7)):
-    "Figure 1 of the paper: input, reconstruction, l1, SSIM at `sigmas`, SSIM-ens (before post-processing) and truth. Returns a matplotlib figure, None where no volumes or restorations are on the disk."
+    "Figure 1 of the paper: input, reconstruction, l1, SSIM at `sigmas`, SSIM-ens (before post-processing) and truth; of a model that makes no restorations input, its own map and truth. Returns a matplotlib figure, None where no volumes or restorations are on the disk."
     import matplotlib.pyplot as plt
     model, c = model or results.models[0], results.cohort
-    columns = ["input", "reconstruction", "l1", *(f"ssim_{s:g}" for s in sigmas), "ssim_ens", "truth"]
     if c is None: return None
+    theirs = results.score_config(model).own
+    columns, made = (["input", theirs, "truth"], [theirs]) if theirs else (["input", "reconstruction", *(made := ["l1", *(f"ssim_{s:g}" for s in sigmas), "ssim_ens"]), "truth"], made)
     rows = []
     for p in _pathologies(results, model):
         contrast = results.rows(model=model, pathology=p).contrast.iloc[0]
@@ -458,13 +459,13 @@ def figure_maps(results: Results, model: str | None = None, sigmas=(0.3, 0.9, 1.
         if "alpha" in c.table and c.table.alpha.iloc[test].notna().any(): test = test[(c.table.alpha.iloc[test] == c.table.alpha.iloc[test].max()).to_numpy()]
         if not len(test): continue
         r = int(test[np.argsort([c.lesion_masks[r].sum() for r in test])[len(test) // 2]])
-        if (maps := results.maps(model, r, columns[2:-1])) is not None: rows.append((p, contrast, r, maps))
+        if (maps := results.maps(model, r, made)) is not None: rows.append((p, contrast, r, maps))
     if not rows: return None
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(7.2, .25 + .93 * len(rows)), squeeze=False)
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(7.2 * max(4, len(columns)) / 8 if theirs else 7.2, .25 + .93 * len(rows)), squeeze=False)
     fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=0, hspace=0)
     for k, ((p, contrast, r, maps), axs) in enumerate(zip(rows, axes)):
         lesion, inside = np.asarray(c.lesion_masks[r]), np.asarray(c.brain_masks[r])
-        z, own = _slice_of(lesion), {"input": np.asarray(c.images[r]), "reconstruction": np.asarray(results.restoration(model, r)), "truth": lesion}
+        z, own = _slice_of(lesion), {"input": np.asarray(c.images[r]), "truth": lesion} | ({} if theirs else {"reconstruction": np.asarray(results.restoration(model, r))})
         for ax, name in zip(axs, columns):
             if name in own: _show(ax, own[name][:, :, z], cmap="gray", vmin=0, vmax=1)
             else: _show(ax, (maps[name] * inside)[:, :, z], cmap="inferno", vmin=0, vmax=np.quantile(maps[name][inside], .995))
@@ -511,9 +512,10 @@ def _draw_cases(results: Results, model: str, lines, scores):
         row = int(r["row"])
         x, lesion, brain = (np.asarray(a[row]) for a in (c.images, c.lesion_masks, c.brain_masks))
         x_hat = results.restoration(model, row, int(r["fold"]))
-        x_hat = np.zeros_like(x) if x_hat is None else np.asarray(x_hat)                                               # maps of another method have none
         z, (i, j) = _slice_of(lesion), (slice(max(k.min() - 2, 0), k.max() + 3) for k in np.nonzero(brain.any(2)))
-        _show(axs[0], x[i, j, z], cmap="gray", vmin=0, vmax=1); _show(axs[1], x_hat[i, j, z], cmap="gray", vmin=0, vmax=1)
+        _show(axs[0], x[i, j, z], cmap="gray", vmin=0, vmax=1)
+        if x_hat is None: axs[1].set_axis_off(); axs[1].text(.5, .5, "maps only,\nno restoration", ha="center", va="center", transform=axs[1].transAxes, fontsize=7, color="0.4").set_in_layout(False)
+        else: _show(axs[1], np.asarray(x_hat)[i, j, z], cmap="gray", vmin=0, vmax=1)
         for k, s in enumerate(scores):
             _show(axs[2 + 2 * k], d[s]["map"][i, j, z], cmap="inferno", vmin=0, vmax=max(np.quantile(d[s]["map"][brain], .998), 1e-6))
             _show(axs[3 + 2 * k], overlay(x[:, :, z], d[s]["found"][:, :, z], lesion[:, :, z])[i, j])
@@ -572,7 +574,7 @@ def figure_training(results: Results):
         ax.set(title=NAMES.get(p, p), ylim=(0, None), ylabel="Dice (%)" if k == 0 or ax.get_subplotspec().is_first_col() else "")
     for _, ax in pairs: ax.set_xlabel("training step"); ax.locator_params(axis="x", nbins=5); ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v >= 1000 else f"{v:g}")
     line = lambda label, **kw: Line2D([], [], label=label, **kw)
-    _legend(fig, [], [*(line(k, color=v) for k, v in colors.items() if any(t["parameters"]["contrast"] == k for t, _, _ in runs)), *(line(score_label(s), color=COLORS[s], marker=_look(s)["marker"], ms=3) for s in ("l1", "ssim_ens") if pathologies),
+    _legend(fig, [], [*(line(k, color=v) for k, v in colors.items() if any(t["parameters"]["contrast"] == k for t, _, _ in runs)), *(line(score_label(s), color=COLORS[s], marker=_look(s)["marker"], ms=3) for s in (score_order(results.steps.score) if pathologies else ())),
                       *(line(m, color="0.3", ls=style[m], lw=1.2) for m in results.models if len(results.models) > 1)])
     return fig
 
@@ -603,7 +605,7 @@ def figure_variants(results: Results, base: str):
     labels, shown = list(dict.fromkeys(t.label)), [p for p in results.pathologies if p in set(t.pathology)]
     fig, axes = plt.subplots(1, len(shown), figsize=(min(7.2, 2 + 1.7 * len(shown)), 1 + .3 * len(labels)), sharey=True, squeeze=False)
     for ax, p in zip(axes[0], shown):
-        for k, score in enumerate(("l1", "ssim_ens")):
+        for k, score in enumerate(score_order(t.score)):
             g = t[(t.pathology == p) & (t.score == score)].set_index("label").reindex(labels)
             ax.errorbar(100 * g.difference, np.arange(len(labels)) + .16 * (2 * k - 1), xerr=100 * np.clip([g.difference - g.lo, g.hi - g.difference], 0, None), fmt=_look(score)["marker"], ms=3.5, lw=1.2, color=COLORS[score], label=score_label(score))
         left, right = ax.get_xlim(); ax.set_xlim(min(left, -1), max(right, 1))
@@ -716,11 +718,12 @@ def _draw_cost(ax, results: Results, t: pd.DataFrame, kind: str):
     ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1e6:g} M" if v >= 1e6 else f"{v / 1e3:g} k" if v >= 1e3 else f"{v:g}")
 
 # %% ../nbs/44_figures.ipynb #88b77d84
-def figure_look(x, x_hat, title: str = ""):
-    "Slices (n, H, W), their restorations and the absolute differences, a column each. Returns a matplotlib figure."
+def figure_look(x, x_hat, title: str = "", score: str = ""):
+    "Slices (n, H, W), their restorations and the absolute differences, a column each; with a `score`, `x_hat` is the map of that name. Returns a matplotlib figure."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, len(x), figsize=(1.15 * len(x), 3.6), dpi=80, squeeze=False, layout="constrained")
-    for axs, name, images, top in zip(axes, ("input", "restored", "difference"), (x, x_hat, np.abs(np.asarray(x) - x_hat)), (1, 1, .5)):
+    rows = [("input", x, 1), (score_label(score), x_hat, .5)] if score else [("input", x, 1), ("restored", x_hat, 1), ("difference", np.abs(np.asarray(x) - x_hat), .5)]
+    fig, axes = plt.subplots(len(rows), len(x), figsize=(1.15 * len(x), 1.2 * len(rows)), dpi=80, squeeze=False, layout="constrained")
+    for axs, (name, images, top) in zip(axes, rows):
         for ax, im in zip(axs, images): ax.imshow(np.asarray(im).T, origin="lower", cmap="gray" if top == 1 else "magma", vmin=0, vmax=top); ax.axis("off")
         axs[0].set_title(name, fontsize=8, loc="left")
     fig.suptitle(title, fontsize=9)

@@ -14,7 +14,7 @@ from .core import LATER, UadError, atomic_file
 from .cohort import Cohort, patients
 from .metrics import auprc, best_threshold_components, dice, dice_released, lesion_table, lesion_wise, perfect_maps, volume_threshold
 from .postprocess import components, erode_mask, postprocess
-from .scores import DRAWN, SIGMAS, check_score, kernel_size, score_maps, sigma_of
+from .scores import DRAWN, OWN, PLAIN, SIGMAS, check_score, kernel_size, score_maps, sigma_of
 from .streaming import Pooled
 from .volume import GRID_SHAPE, VOXEL_ML
 
@@ -73,12 +73,33 @@ class ScoreConfig:
         if self.drawn == self.names: raise UadError(f"scores.names: {self.drawn[0]} compares a scan with several restorations, but the model restores always the same: remove it, or name another score, too")
         return replace(self, names=tuple(n for n in self.names if n not in DRAWN), draws=ScoreConfig.draws, mahalanobis_reg=ScoreConfig.mahalanobis_reg)
 
+    @property
+    def own(self) -> str:
+        "The score among them that is a map which the model makes itself (`scores.OWN`), of a model without restorations; '' without one."
+        return next((n for n in self.names if n in OWN), "")
+
+    def without_own(self):
+        "The same without this score. Raises `UadError` when no score is left."
+        if set(self.names) <= set(OWN): raise UadError(f"scores.names: {self.own} is the map of a model that makes no restorations (fae), but this one restores: remove it, or name another score, too")
+        return replace(self, names=tuple(n for n in self.names if n not in OWN))
+
+    def for_own(self, own: str):
+        "The same for a model that makes the maps `own` itself: this score and the plain ones; settings of scores that look at a restoration are at their defaults."
+        unused = {k: getattr(ScoreConfig, k) for k in ("kernel_dims", "masked", "sigmas", "temperature", "draws", "mahalanobis_reg")}
+        return replace(self, names=(*(n for n in self.names if n in PLAIN), own), search_both=(own,) if self.search_both else (), **unused)
+
 # %% ../nbs/39_judge.ipynb #1b7040f1
 def maps_of_volume(image, x_hat, brain_mask, names, config: ScoreConfig, draws=None) -> dict:
-    "The anomaly maps (H, W, D) of an image and its restoration for the scores `names`, before post-processing. `draws`: further restorations (n, H, W, D), for the scores of `scores.DRAWN`."
-    x_hat, brain_mask = np.asarray(x_hat), np.asarray(brain_mask)
+    """The anomaly maps (H, W, D) of an image and its restoration for the scores `names`, before post-processing. `draws`: further restorations (n, H, W, D), for the scores of `scores.DRAWN`.
+
+    With a score of `scores.OWN` in `config`, `x_hat` is that map, and of the others only plain ones can be made. Raises `UadError` for any other."""
+    image, x_hat, brain_mask = np.asarray(image), np.asarray(x_hat), np.asarray(brain_mask)
+    if config.own:
+        if lost := [n for n in names if n not in (*PLAIN, config.own)]: raise UadError(f"scores.names: {lost[0]} compares a scan with its restoration, and the model makes none: use {config.own}, or one of {', '.join(PLAIN)}")
+        maps = score_maps(image, image, [n for n in names if n != config.own], brain_mask=brain_mask) | {config.own: x_hat.astype(image.dtype)}
+        return {n: maps[n] for n in names}
     several = None if draws is None else np.concatenate([x_hat[None], draws[:config.draws - 1]])
-    return score_maps(np.asarray(image), x_hat, names, mask=brain_mask if config.masked else None, dims=config.kernel_dims, sigmas=config.sigmas, temperature=config.temperature,
+    return score_maps(image, x_hat, names, mask=brain_mask if config.masked else None, dims=config.kernel_dims, sigmas=config.sigmas, temperature=config.temperature,
                       brain_mask=brain_mask, draws=several, reg=config.mahalanobis_reg)
 
 def maps_of_reconstruction(cohort: Cohort, row: int, x_hat, names, config: ScoreConfig, draws=None) -> dict:

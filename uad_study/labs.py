@@ -23,7 +23,7 @@ from .models import MODELS, RestoreConfig, model_config
 from .postprocess import erode_mask, labelled
 from .reconstruct import reconstruct_cohort
 from .results import NAMES, Results, score_label
-from .scores import SIGMAS, sigma_of
+from .scores import PLAIN, SIGMAS, sigma_of
 from .viewer import View, ViewState, _plain, _uri
 from .volume import VOXEL_ML
 
@@ -232,12 +232,17 @@ def _headline(results: Results, model: str, score: str) -> pd.DataFrame:
     well = c[(c.pathology == "healthy") & c.threshold_from.str.startswith("val:")].sort_values("false_ml", ascending=False, kind="stable")
     return pd.concat([*parts, well.drop_duplicates(["subject_id", "contrast"])], ignore_index=True)
 
-def gallery(results: Results, model: str | None = None, n: int | None = 4, score: str = "ssim_ens", against: str = "l1") -> pd.DataFrame:
+def gallery(results: Results, model: str | None = None, n: int | None = 4, score: str | None = None, against: str | None = None) -> pd.DataFrame:
     """The test cases worth a look, ranked, at most `n` persons in each list of `GALLERY` (None: all): worst false positives (mL), most missed (mL of lesion that is not found), largest gap in Dice between `score` and `against` both ways.
+
+    `score`, `against`: default SSIM-ens and l1; of a model without them its own score and plain intensity, where that was judged.
 
     Columns: list, rank, value, unit, says, model, contrast, pathology, fold, subject_id, patient_id, row (of the cohort; -1 where it is not there), score (in the last list `against`), threshold_from, threshold, lesion_ml, dice,
     false_ml, missed_ml. Of a person's volumes the most extreme counts. Raises `UadError` for a score without cases."""
     model, keys = model or results.models[0], ["subject_id", "contrast"]
+    main = results.main_scores(model)
+    score = score or next(iter(main[::-1]), "ssim_ens")
+    against = against or next((s for s in (*main, *PLAIN) if s != score and len(results.rows(model=model, score=s))), score)
     first, second = (_headline(results, model, s) for s in (score, against))
     where = {} if results.cohort is None else {k: r for r, k in enumerate(zip(results.cohort.table.subject_id, results.cohort.table.contrast))}
     lists = []
@@ -427,7 +432,7 @@ class WhyMissed:
         self._quiet = True
         try:
             for c, names, label in ((self.pathology, _restored_pathologies(self.view, model), NAMES.get), (self.score, scores, score_label)):
-                wanted = [n for n in (c.value, self._wanted, *names) if n in names]
+                wanted = [n for n in (c.value, self._wanted, *sorted(names, key=lambda n: n in PLAIN)) if n in names]
                 c.options = [(label(n), n) for n in names]
                 c.value = wanted[0] if wanted else None
         finally: self._quiet = False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'SAMPLERS', 'ModelConfig', 'of_batch', 'AEConfig', 'VAEConfig', 'AE', 'VAE', 'DAEConfig', 'DAE',
            'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'Denoiser', 'GaussianDDPM', 'DDPM', 'model_config',
-           'restore_config', 'build_model', 'parameter_count']
+           'restore_config', 'build_model', 'output', 'model_label', 'parameter_count']
 
 # %% ../nbs/32_models.ipynb #21f35d1c
 import torch
@@ -31,7 +31,7 @@ class _Models(dict):
     def items(self): return [(k, self[k]) for k in self]
 
 MODELS = _Models()
-"The models by name, filled below. Each class has its settings (`Config`), the training settings of its authors (`learning`), whether `RestoreConfig` concerns it (`restores`), and its authors' own (`restoring`)."
+"The models by name, filled below. Each class has its settings (`Config`), the training settings of its authors (`learning`), whether `RestoreConfig` concerns it (`restores`), its authors' own (`restoring`), and `own_score`: of a model that gives anomaly maps (`anomaly`) instead of restorations, the name of that score (of `scores.OWN`), else ''."
 
 def _positive(config, *names):
     for k in names:
@@ -93,7 +93,7 @@ def _drop(x, p: float, generator, part=(0, 1)):
 
 class AE(nn.Module):
     "Autoencoder with a dense bottleneck (Baur et al. 2021). Slices x are (B, 1, H, W) in [0, 1], H and W at most `size`."
-    Config, learning, restores = AEConfig, dict(lr=1e-4), False
+    Config, learning, restores, own_score = AEConfig, dict(lr=1e-4), False, ""
     codes = 1                        # numbers that the encoder gives for each one of z
 
     def __init__(self, config: AEConfig):
@@ -172,7 +172,7 @@ class DAEConfig(ModelConfig):
 # %% ../nbs/32_models.ipynb #17f981ee
 class DAE(nn.Module):
     "Denoising autoencoder (Kascenas et al. 2022). Slices x are (B, 1, H, W) in [0, 1]."
-    Config, learning, restores = DAEConfig, dict(lr=1e-4, lr_schedule="cosine", amsgrad=True, weight_decay=1e-5), False
+    Config, learning, restores, own_score = DAEConfig, dict(lr=1e-4, lr_schedule="cosine", amsgrad=True, weight_decay=1e-5), False, ""
 
     def __init__(self, config: DAEConfig):
         super().__init__()
@@ -280,7 +280,7 @@ class Denoiser(nn.Module):
 # %% ../nbs/32_models.ipynb #0a181e2c
 class GaussianDDPM(nn.Module):
     "Denoising diffusion model that predicts x_0, with Gaussian noise. Slices x are (B, 1, H, W) in [0, 1]. `restore`: how it restores (a `RestoreConfig`)."
-    Config, learning, restores, restoring = GaussianDDPMConfig, dict(lr=1e-5), True, {}
+    Config, learning, restores, restoring, own_score = GaussianDDPMConfig, dict(lr=1e-5), True, {}, ""
 
     def __init__(self, config: GaussianDDPMConfig):
         super().__init__()
@@ -332,7 +332,7 @@ class DDPM(GaussianDDPM):
         return field / simplex_std(c.octaves, c.persistence) if c.unit_noise else field
 
 MODELS |= dict(ddpm=DDPM, ddpm_gaussian=GaussianDDPM)
-MODELS |= dict(ssim_ae="uad_study.systems:SSIMAE", pddpm="uad_study.systems:PatchDDPM", cddpm="uad_study.systems:ConditionedDDPM")
+MODELS |= dict(ssim_ae="uad_study.systems:SSIMAE", pddpm="uad_study.systems:PatchDDPM", cddpm="uad_study.systems:ConditionedDDPM", fae="uad_study.fae:FAE")
 
 # %% ../nbs/32_models.ipynb #01e6c03b
 def model_config(settings: dict | str, where: str = "model") -> ModelConfig:
@@ -346,16 +346,25 @@ def restore_config(model: str, settings: dict | None = None, where: str = "resto
     if not MODELS[choice(model, MODELS, "model.name")].restores: raise UadError(f"{where}: the model {model!r} has nothing to set there: remove it")
     return from_dict(RestoreConfig, MODELS[model].restoring | (settings or {}), where)
 
-def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | None = None) -> nn.Module:
-    "The model of `config`, its weights initialised from `seed` without touching the global random state; `restore`: how it restores, for a diffusion model."
+def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | None = None, kind=None) -> nn.Module:
+    "The model of `config`, its weights initialised from `seed` without touching the global random state; `restore`: how it restores, for a diffusion model. `kind`: another class of these settings than that of `MODELS`."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)                     # not torch.manual_seed, which would seed every GPU as well
-        model = MODELS[config.name](config)
+        model = (kind or MODELS[config.name])(config)
     if restore is not None:
         if not model.restores: raise UadError(f"restore: the model {config.name!r} has nothing to set there: remove it")
         restore.check(config.timesteps)
         model.restore = restore
     return model
+
+def output(model: nn.Module, x, generator) -> torch.Tensor:
+    "What a model makes of the slices `x`, same shape: restorations, or the anomaly maps of a model with an `own_score`."
+    return model.anomaly(x) if getattr(model, "own_score", "") else model.reconstruct(x, generator)
+
+def model_label(config: ModelConfig) -> str:
+    "What tables call a model unless a study says otherwise: its name, and what no table may leave unsaid of it (the class's `says`), such as 'fae (self-supervised encoder)'."
+    says = getattr(MODELS[config.name], "says", None)
+    return f"{config.name} ({says(config)})" if says else config.name
 
 def parameter_count(model: nn.Module) -> int:
     "The number of trainable parameters."

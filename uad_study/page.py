@@ -14,7 +14,7 @@ from .judge import headline_rule, region
 from .metrics import dice
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, score_label, score_order
-from .scores import sigma_of
+from .scores import OWN, sigma_of
 from .tables import cautions
 from .viewer import FALSE, FOUND, MISSED, _inferno
 from .volume import VOXEL_ML
@@ -65,10 +65,10 @@ def _thresholds(judged, names) -> dict:
     return found
 
 def _names(judged, config) -> list[str]:
-    "The scores that the page offers: l1, SSIM at each sigma of the ensemble or of the study, SSIM-ens; those the study has."
+    "The scores that the page offers: l1, SSIM at each sigma of the ensemble or of the study, SSIM-ens, or a model's own; those the study has."
     have = set(judged.score)
     singles = {f"ssim_{s:g}" for s in config.sigmas} if any(map(sigma_of, have)) else set()
-    return [n for n in score_order(have | singles) if n in ("l1", "ssim_ens") or sigma_of(n)]
+    return [n for n in score_order(have | singles) if n in ("l1", "ssim_ens", *OWN) or sigma_of(n)]
 
 # %% ../nbs/52_page.ipynb #004b9f0f
 def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "") -> tuple[dict, bytes]:
@@ -80,7 +80,7 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
     if not len(judged): raise UadError(f"cases: row {row} ({t.subject_id}, {t.contrast}) is not among the test cases of {model}: give rows of the cohort that are")
     if not (names := _names(judged, config)): raise UadError(f"{results.evaluate_dirs[0]}: {model} was judged by none of l1, SSIM at a sigma and SSIM-ens: add one to scores.names and run the study again")
     x_hat, maps = results.restoration(model, row, fold), results.maps(model, row, names, fold)
-    if x_hat is None or maps is None: raise UadError(f"{results.evaluate_dirs[results.index(model, row, fold) or 0]}: the restoration of {t.subject_id} by {model} is not on this disk: write the page where the study ran")
+    if maps is None or x_hat is None and not config.own: raise UadError(f"{results.evaluate_dirs[results.index(model, row, fold) or 0]}: the restoration of {t.subject_id} by {model} is not on this disk: write the page where the study ran")
     x, brain, lesion = (np.asarray(a[row]) for a in (results.cohort.images, results.cohort.brain_masks, results.cohort.lesion_masks))
     wide = maximum_filter(brain, config.median)
     low, high = (f(np.argwhere(wide | lesion), 0) for f in (np.min, np.max))
@@ -97,7 +97,7 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
             j = thresholds[n][rule]
             for how, found in (("post", components((post > j) & counted, config.min_voxels)), ("raw", (np.where(brain, levels[n], zero) > j) & counted)):
                 curve.setdefault(f"{rule} {how}", {})[n] = None if np.isnan(d := dice(found, lesion & counted)) else round(float(d), 5)
-    gray = {k: np.rint(np.clip(a, 0, 1) * 255).astype(np.uint8) for k, a in (("input", x), ("restoration", x_hat))}
+    gray = {k: np.rint(np.clip(a, 0, 1) * 255).astype(np.uint8) for k, a in (("input", x), ("restoration", x_hat)) if a is not None}
     stored = sorted((n for n in names if sigma_of(n)), key=sigma_of, reverse=True) + [n for n in names if not sigma_of(n)]
     left, weights = pack_levels([((levels | gray)[n] * packed)[box] for n in (*stored, *gray)], packed[box])
     bits = [np.packbits(m[box]) for m in (packed, brain, erode_mask(brain, config.erode), lesion, counted)]
@@ -325,7 +325,7 @@ function paint() {                                                            //
   for (let v = 0; v < 256; v++) { const o = shade(value(s, v) / h.top); colours[v] = 0xff000000 | inferno[o + 2] << 16 | inferno[o + 1] << 8 | inferno[o]; }
   for (let v = 0, k = 0; v < t; v++) for (let u = 0; u < w; u++, k++) {
     const p = start + u * stride[a] - v * stride[b], g = x[p], f = volume.found[p], l = c.lesion[p], o = f ? l ? D.colours[0] : D.colours[1] : l ? D.colours[2] : null;
-    A[k] = 0xff000000 | g * 0x10101; B[k] = 0xff000000 | y[p] * 0x10101; C[k] = colours[q[p]];
+    A[k] = 0xff000000 | g * 0x10101; B[k] = 0xff000000 | (y ? y[p] : 0) * 0x10101; C[k] = colours[q[p]];
     if (o) { for (let e = 0; e < 3; e++) mix[e] = .35 * g + .65 * o[e] | 0; E[k] = 0xff000000 | mix[2] << 16 | mix[1] << 8 | mix[0]; } else E[k] = A[k];
   }
   small.forEach((o, i) => o.getContext('2d').putImageData(pictures[i], 0, 0));
@@ -367,13 +367,14 @@ function words() {
   $('says').textContent = `${s.label}, threshold ${show(edge)}: ${why}` + (rule !== 'free' && s.of !== s.name ? `, found for sigma ${s.of.slice(5)}` : '') + '.';
   $('u0').textContent = `${m.patient}, ${m.pathology.toLowerCase()}, ${m.contrast}, slice ${m.low[axis] + at}`;
   $('top').textContent = show(h.top, 2); $('tick').style.left = Math.min(100, 100 * edge / h.top) + '%';
+  $('p1').closest('figure').hidden = !c.levels.restoration;
   document.querySelectorAll('.view').forEach(e => e.querySelectorAll('i').forEach((o, k) => o.textContent = sides[axes[S.plane][0] === 1 ? 2 : 0][k]));
 }
 function hover() {
   const set = (...t) => ['voxel', 'input', 'restoration', 'score', 'what'].forEach((n, k) => $('h-' + n).textContent = t[k] ?? '\u2013');
   if (!pointer) return set();
   const {c, m, s, q, volume} = R, i = voxel(...pointer), p = placeOf(c, i), l = c.lesion[p], f = volume.found[p];
-  set(i.map((v, d) => v + m.low[d]).join(', '), show(c.levels.input[p] / 255, 2), c.packed[p] ? show(c.levels.restoration[p] / 255, 2) : '\u2013', show(value(s, q[p])), f ? l ? 'lesion, found' : 'false' : l ? 'lesion, missed' : c.brain[p] ? 'brain' : 'outside the brain');
+  set(i.map((v, d) => v + m.low[d]).join(', '), show(c.levels.input[p] / 255, 2), c.packed[p] && c.levels.restoration ? show(c.levels.restoration[p] / 255, 2) : '\u2013', show(value(s, q[p])), f ? l ? 'lesion, found' : 'false' : l ? 'lesion, missed' : c.brain[p] ? 'brain' : 'outside the brain');
 }
 """
 
@@ -383,7 +384,7 @@ let W = 300; const H = 190, box = {l: 38, r: 8, t: 12, b: 38}, svg = s => `<svg 
 const text = (x, y, t, more = 'text-anchor=middle') => `<text x=${show(x, 1)} y=${show(y, 1)} ${more}>${t}</text>`, line = (x, y, u, v, more = 'class=axis') => `<line x1=${show(x, 1)} y1=${show(y, 1)} x2=${show(u, 1)} y2=${show(v, 1)} ${more} />`;
 function drawCurve() {
   const {m, s, rule, volume} = R, known = m.curve[`${rule === 'free' ? 'val' : rule} ${S.post ? 'post' : 'raw'}`] || {}, list = singles(m).filter(o => known[o.name] != null);
-  const flat = ['l1', 'ssim_ens'].filter(n => known[n] != null);
+  const named = {l1: 'l1', ssim_ens: 'SSIM-ens', ...Object.fromEntries(D.own_scores.map(([n]) => [n, 'its map']))}, flat = Object.keys(named).filter(n => known[n] != null);
   if (!list.length && !flat.length) { $('curve').innerHTML = '<p class=small>No lesion to compare with here, or no threshold.</p>'; return; }
   W = $('curve').clientWidth || W; box.r = 68;
   const now = isNaN(volume.dice) ? 0 : volume.dice, most = Math.max(.02, now, ...list.concat(flat).map(o => known[o.name || o])), step = [.01, .02, .05, .1, .2, .25].find(v => most / v <= 4.2) || .25, top = Math.ceil(most / step - 1e-9) * step, Y = v => py(v / top);
@@ -395,7 +396,7 @@ function drawCurve() {
   o += text(px(.5), H - 4, 'sigma, voxels');
   o += `<polyline fill=none stroke="var(--accent)" stroke-width=2 points="${list.map(d => show(X(d.sigma), 1) + ',' + show(Y(known[d.name]), 1)).join(' ')}" />` + list.map(d => `<circle cx=${show(X(d.sigma), 1)} cy=${show(Y(known[d.name]), 1)} r=3 fill="var(--accent)" />`).join('');
   const ys = flat.map(n => Y(known[n])), label = [...ys]; if (ys.length > 1 && Math.abs(ys[0] - ys[1]) < 13) { const upper = ys[0] <= ys[1] ? 0 : 1, mid = (ys[0] + ys[1]) / 2; label[upper] = mid - 7; label[1 - upper] = mid + 7; }
-  flat.forEach((n, i) => { o += line(px(0), ys[i], px(1), ys[i], n === 'l1' ? 'stroke="var(--faint)" stroke-width=1.5 stroke-dasharray="5 4"' : 'stroke="var(--warn)" stroke-width=1.5') + text(px(1) + 10, label[i] + 4, n === 'l1' ? 'l1' : 'SSIM-ens', 'text-anchor=start'); });
+  flat.forEach((n, i) => { o += line(px(0), ys[i], px(1), ys[i], n === 'l1' ? 'stroke="var(--faint)" stroke-width=1.5 stroke-dasharray="5 4"' : 'stroke="var(--warn)" stroke-width=1.5') + text(px(1) + 10, label[i] + 4, named[n], 'text-anchor=start'); });
   if (!isNaN(volume.dice)) o += `<circle id=now cx=${show(s.sigma ? X(s.sigma) : px(1), 1)} cy=${show(Y(now), 1)} r=6 fill=none stroke="var(--ink)" stroke-width=2.5 />`;
   $('curve').innerHTML = svg(o) + `<p class=small>Circle: now. Lines: at ${rule === 'healthy' ? 'the healthy' : 'validation'} thresholds${list.length ? '; click to take a sigma' : ''}.</p>`;
   R.sigmaAt = f => all.reduce((b, v) => Math.abs(X(v) - f * W) < Math.abs(X(b) - f * W) ? v : b, all[0]);
@@ -431,7 +432,7 @@ function ready(c) {                                                           //
 async function go(i) { if (!cases[i]) { const c = await unpack(i); cases[i] = c; ready(c); } pointer = null; change({i}); }
 function segment(id, f) { $(id).addEventListener('click', e => { const b = e.target.closest('button'); if (b && !b.disabled) f(b.dataset.v); }); }
 D.cases.forEach((m, i) => { const b = document.createElement('button'), name = document.createElement('b'), more = document.createElement('span'); name.textContent = m.pathology; more.textContent = [m.patient, m.contrast, m.kind && m.kind + ' Dice'].filter(Boolean).join(' \u00b7 '); b.append(name, more); b.dataset.v = i; $('tabs').append(b); });
-for (const [v, t] of [['l1', 'l1'], ['ssim', 'SSIM'], ['ssim_ens', 'SSIM-ens']]) { const b = document.createElement('button'); b.dataset.v = v; b.textContent = t; $('score').append(b); }
+for (const [v, t] of [['l1', 'l1'], ['ssim', 'SSIM'], ['ssim_ens', 'SSIM-ens'], ...D.own_scores]) { const b = document.createElement('button'); b.dataset.v = v; b.textContent = t; $('score').append(b); }
 segment('tabs', v => go(Number(v))); segment('plane', plane => { pointer = null; change({plane}); }); segment('score', kind => change({free: R.s.edges[R.j], kind})); segment('rule', rule => change({rule, free: R.s.edges[R.j]}));
 $('slice').addEventListener('input', e => { S.at[S.i + S.plane] = Number(e.target.value) - R.m.low[R.axis]; change({}); });
 $('sigma').addEventListener('input', e => change({sigma: singles(R.m)[e.target.value].sigma}));
@@ -450,8 +451,8 @@ if (typeof DecompressionStream === 'undefined') $('old').hidden = false; else { 
 
 # %% ../nbs/52_page.ipynb #99080782
 def _first_with_restorations(results) -> tuple[str, int]:
-    "The first model, and its first fold, that has a restoration on the disk."
-    for model in results.models:
+    "The first model, and its first fold, that has a restoration on the disk; where none has, the first that has maps of its own."
+    for model in sorted(results.models, key=lambda m: bool(results.score_config(m).own)):
         for i, (label, e) in enumerate(zip(results.labels, results.evaluations)):
             folder = results.kept(i)[0]
             if label == model and any(folder.glob("reconstructions-*/reconstructions.json")): return model, int(e["parameters"]["fold"])
@@ -470,7 +471,7 @@ def write_page(results: Results, file, cases=None, n: int = 4):
         if not 0 <= r < total: raise UadError(f"cases: the cohort has no row {r}: give rows from 0 to {total - 1}")
     packed = [pack_case(results, model, fold, r, kind) for r, kind in chosen.items()]
     healthy = f"{100 * config.healthy_share:g} % of healthy validation scans carry at most {config.healthy_ml:g} mL"
-    data = dict(cases=[says for says, _ in packed], own=_OWN, last=_LAST, median=config.median, median_first=config.median_first, min_voxels=config.min_voxels, voxel_ml=VOXEL_ML,
+    data = dict(cases=[says for says, _ in packed], own_scores=[[n, score_label(n)] for n in OWN if n == config.own], own=_OWN, last=_LAST, median=config.median, median_first=config.median_first, min_voxels=config.min_voxels, voxel_ml=VOXEL_ML,
                 colours=[FOUND, FALSE, MISSED], inferno=base64.b64encode(_inferno()).decode(), healthy=healthy)
     file_text = _fill(results, model, config, data, healthy, [base64.b64encode(blob).decode() for _, blob in packed])
     with atomic_file(file) as tmp: tmp.write_text(file_text, encoding="utf-8")
@@ -479,8 +480,9 @@ def write_page(results: Results, file, cases=None, n: int = 4):
 def _fill(results, model, config, data, healthy, blobs) -> str:
     "The text of the page."
     e, sigmas = html.escape, sorted({s["sigma"] for c in data["cases"] for s in c["scores"] if s["sigma"]})
-    lead = f"A model that has only seen healthy brains restores each scan, and a score measures how the restoration differs. Drag slice, sigma and threshold: the map, the lesions found and the Dice (overlap of what is marked with the true lesion) follow. {len(blobs)} test case{'s' * (len(blobs) > 1)}, model {model}."
-    foot = [f"The sigma slider moves among the sigmas that are stored, {', '.join(f'{s:g}' for s in sigmas)} voxels, and not between them." if sigmas else "", "Voxels are 2 mm wide. Maps are stored in 256 levels, the input and the restoration in 256 greys. The levels' borders are the places of the threshold slider, the study's thresholds among them: "
+    how = "tells each scan's features, and a score measures how these differ from what it tells" if config.own else "restores each scan, and a score measures how the restoration differs"
+    lead = f"A model that has only seen healthy brains {how}. Drag slice, sigma and threshold: the map, the lesions found and the Dice (overlap of what is marked with the true lesion) follow. {len(blobs)} test case{'s' * (len(blobs) > 1)}, model {model}."
+    foot = [f"The sigma slider moves among the sigmas that are stored, {', '.join(f'{s:g}' for s in sigmas)} voxels, and not between them." if sigmas else "", "Voxels are 2 mm wide. Maps are stored in 256 levels, the input" + (" " if config.own else " and the restoration ") + "in 256 greys. The levels' borders are the places of the threshold slider, the study's thresholds among them: "
             "at each, the page marks the voxels that the unrounded map would, so Dice at the study's thresholds is the study's. Scores under the pointer are rounded to a level.",
             f"Post-processing: brain mask eroded {config.erode} times in each axial slice, median of {config.median}×{config.median}×{config.median} voxels, components of fewer than {config.min_voxels} voxels (26 neighbours) removed. Without it: threshold alone.",
             f"uad_study {__version__}, study {results.study}. This file asks no other computer for anything. Research use only: not a medical device."]

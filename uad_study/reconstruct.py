@@ -14,17 +14,17 @@ from pathlib import Path
 from .core import UadError, digest
 from .cohort import Cohort, open_reconstructions, patients, write_reconstructions
 from .core import file_sha256
-from .models import RestoreConfig
+from .models import RestoreConfig, output
 from .scores import DRAWN
 from .train import generator_for, load_model, memory
 
 # %% ../nbs/34_reconstruct.ipynb #63b3e576
 def reconstruct_volume(model, volume: np.ndarray, seed_parts: tuple, device="cpu", batch_size: int = 64) -> np.ndarray:
-    "The restoration of a volume (H, W, D) in [0, 1], float32, same shape. `batch_size` slices at a time."
+    "The restoration of a volume (H, W, D) in [0, 1], float32, same shape (of a model with an `own_score`: its anomaly map). `batch_size` slices at a time."
     generator = generator_for(device, *seed_parts)
     slices = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume, -1, 0), np.float32))[:, None].to(device)
     if getattr(model.config, "shared_noise", False): batch_size = len(slices)
-    with memory(device, "engine.slots", "lower it, or restore with engine.device: cpu"): out = [model.reconstruct(x, generator) for x in slices.split(batch_size)]
+    with memory(device, "engine.slots", "lower it, or restore with engine.device: cpu"): out = [output(model, x, generator) for x in slices.split(batch_size)]
     return torch.cat(out)[:, 0].permute(1, 2, 0).cpu().numpy()
 
 def further_draws(model, volume: np.ndarray, n: int, seed_parts: tuple, device="cpu") -> np.ndarray:
@@ -43,7 +43,7 @@ def _timed(restored, rows, record: dict, each: int, device):
     if spent: record |= {"seconds": round(float(np.median(spent)) / each, 5), "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu", "threads": torch.get_num_threads()}
 
 def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, device="cpu", tick=None, restore: RestoreConfig | None = None, draws: int = 0) -> dict[int, np.ndarray]:
-    """Restorations {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
+    """Restorations (of a model with an `own_score`: anomaly maps) {row: (H, W, D)} of the rows `rows` by the weights in `checkpoint`, kept in `folder`/reconstructions-<key> and made only if they are not there.
 
     `restore`: how a diffusion model restores (default: the paper's way). The record beside them holds the median `seconds` of one restoration, the `device` and the CPU `threads`. `draws`: instead, so many further restorations of each row from other noise, {row: (draws, H, W, D)} in half precision, kept in `folder`/draws-<key>.
 
@@ -57,6 +57,6 @@ def reconstruct_cohort(cohort: Cohort, rows, checkpoint, folder, seed: int = 0, 
         if draws and not model.restores: raise UadError(f"{checkpoint}: the model {model.config.name!r} restores always the same, so there is nothing to draw: score it without {' and '.join(DRAWN)}")
         who = patients(cohort.table)                                  # the volumes of one person meet the same noise: what differs between them is the lesion
         one = partial(further_draws, n=draws) if draws else reconstruct_volume
-        record = {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)}
+        record = {"checkpoint_sha256": file_sha256(checkpoint), "step": info["step"], "seed": seed, "restore": restore and asdict(restore)} | ({"holds": model.own_score} if model.own_score else {})
         write_reconstructions(kept, rows, _timed(lambda r: one(model, cohort.images[r], seed_parts=(seed, "restore", str(who[r])), device=device), rows, record, max(draws, 1), device), record, tick, draws)
     return open_reconstructions(kept)[0]

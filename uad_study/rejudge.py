@@ -16,7 +16,7 @@ from .cohort import Cohort, merge_cohorts, open_reconstructions, prepared_cohort
 from .evaluate import ReportConfig, evaluate_again, evaluate_maps, find_files, needed_rows, write_tables
 from .judge import ScoreConfig, maps_of_reconstruction
 from .results import PLACES, Results, gather
-from .scores import PLAIN
+from .scores import OWN, PLAIN
 from .runs import RESULT, RUN, STAGES, Ticker, _plain, provenance, slug
 from .volume import GRID_AFFINE, load_map
 
@@ -90,6 +90,14 @@ def judge_again(source, out, changes: dict | None = None, suffix: str = "", repo
         q, cohort_dir, (kept, step) = e["parameters"], d/old.places[i]["cohort_dir"], old.kept(i)
         if old.places[i]["maps"]: raise UadError(f"{d}: judged maps, which can't be scored anew: judge them again with --maps")
         config = from_dict(ScoreConfig, (q.get("score_config") or {}) | (changes or {}), "--set")
+        theirs = next((n for n in (q.get("score_config") or {}).get("names", ()) if n in OWN), "")
+        if theirs and t:
+            lost = [n for n in config.names if n not in (*PLAIN, theirs)]
+            if lost and "names" in (changes or {}) and tell: tell(f"left out for {label}, which makes no restorations and is judged by its own map, {theirs}: {' and '.join(lost)}")
+            config = config.for_own(theirs)
+        elif config.own:
+            if tell: tell(f"left out for {label}, which makes no such map: {config.own}")
+            config = config.without_own()
         if config.drawn and t and not q.get("restore_config"):
             if tell: tell(f"left out for {label}, which restores always the same: {' and '.join(config.drawn)}")
             config = config.without_drawn()
@@ -186,6 +194,7 @@ def _judge_files(cohort, out, found: dict, what, model, contrast, fold, changes,
     first = next(iter(rows.values()))
     if odd := next((n for n, r in rows.items() if any(list(r[s]) != list(first[s]) for s in r)), None): raise UadError(f"{odd}: has not the same healthy volumes as {next(iter(rows))}: give every score the same volumes")
     config = from_dict(ScoreConfig, changes or {}, "--set")
+    if config.own: raise UadError(f"--set: {config.own} is a map that the model fae makes itself: remove it from names, and give other maps by --maps")
     score_config = {k: v for k, v in _plain(config).items() if what != "maps" or k not in NOT_OF_MAPS}
     parameters = dict(label=model, contrast=contrast, fold=fold, judged=what, score_config=score_config, restore_config={}, report_config=_plain(from_dict(ReportConfig, report or {}, "report")), perfect=True)
     affine = GRID_AFFINE if cohort.info.get("source") in ("virtual", "real_t1") else None

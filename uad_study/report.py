@@ -169,6 +169,12 @@ def _where_from(results: Results, provenance: dict) -> str:
     return "".join(out) + (f"<p class=below>Beside this page: interactive.html (hover names the patient), table.csv (a row per model, pathology, score and fold), cases.csv and cases.parquet (a row per test case, score and threshold rule), judgement.json (what was reached, by a published schema), provenance.json (this section, for programs), "
                            f"tables/*.tex, {'tables/matrix.csv (every model, score and pathology with its costs), ' if len({*results.models, *results.variants}) > 1 else ''}figures/*.png and *.pdf. uad_study {escape(__version__)}, study {escape(results.study)}. Research use only: not a medical device.</p>")
 
+def _task(results: Results) -> str:
+    "What the models do, in words: most restore."
+    own = [bool(results.score_config(m).own) for m in results.models]
+    restores, tells = "a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs", "tells the features that a network sees in a scan, and its map is where these differ from what it tells"
+    return f"a model that has only seen healthy brains {tells}" if own and all(own) else restores + ("; one that restores nothing " + tells if any(own) else "")
+
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict) -> str:
     "The page: `tables` (lists of `Table`) and `figures` (lists of HTML) by heading."
     sections, lost = _sections(results, tables, figures), results.cohort.info.get("failed", []) if results.cohort is not None else []
@@ -176,7 +182,7 @@ def report_page(results: Results, tables: dict, figures: dict, provenance: dict)
     sections["Where this comes from"] = _where_from(results, provenance)
     contents = "<nav aria-label=Contents><ol><li><a href='#first'>What to know first</a></li>" + "".join(f"<li><a href='#{slug(h)}'>{escape(h)}</a></li>" for h in sections) + "</ol></nav>"
     first = "<div class=note id=first><h2>What to know first</h2><ul>" + "".join(f"<li>{escape(placeless(n))}</li>" for n in cautions(results)) + "</ul></div>"
-    how = "the anomaly maps of a method, judged" if all(e["parameters"].get("judged") == "maps" for e in results.evaluations) else "a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs"
+    how = "the anomaly maps of a method, judged" if all(e["parameters"].get("judged") == "maps" for e in results.evaluations) else _task(results)
     lead = f"<p class=lead>Unsupervised anomaly detection in brain MRI: {how}. <a href=interactive.html>The same to click and hover</a>.</p>"
     return page_of(results.title, f"<h1>{escape(results.title)}</h1>" + lead + contents + first + "".join(f"<h2 id='{slug(h)}'>{escape(h)}</h2>{part}" for h, part in sections.items()), "uad-report/1", "contents")
 

@@ -18,15 +18,15 @@ from .evaluate import SECONDS_COLUMNS, kept_restorations
 from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
 from .runs import PLAN, RESULT, RUN, STAGES, planned_report
-from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS
+from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
 from .volume import load_map
 
 # %% ../nbs/42_results.ipynb #ff7e1381
 NAMES = {"tumour": "Tumour", "ms": "Multiple sclerosis", "stroke": "Stroke", "wmh": "White matter hyperintensities", "semisynthetic": "Semi-synthetic", "healthy": "Healthy"}
-SCORE_NAMES = {"intensity": "intensity", "intensity_dark": "intensity, dark", "intensity_eq": "intensity, equalised", "intensity_eq_dark": "intensity, equalised, dark", "mahalanobis": "Mahalanobis", "ssim_mahalanobis": "Mahalanobis times SSIM", "l1_ssim": "l1 times SSIM-ens", "l1": "l1", "l2": "l2", "ssim_val": "SSIM, sigma chosen on validation", "ssim_uniform": "SSIM, uniform mean", "ssim_ens": "SSIM-ens"}
+SCORE_NAMES = {"intensity": "intensity", "intensity_dark": "intensity, dark", "intensity_eq": "intensity, equalised", "intensity_eq_dark": "intensity, equalised, dark", "mahalanobis": "Mahalanobis", "ssim_mahalanobis": "Mahalanobis times SSIM", "feature_ssim": "SSIM of features", "l1_ssim": "l1 times SSIM-ens", "l1": "l1", "l2": "l2", "ssim_val": "SSIM, sigma chosen on validation", "ssim_uniform": "SSIM, uniform mean", "ssim_ens": "SSIM-ens"}
 def score_order(scores) -> list[str]:
-    "Scores as tables list them: the plain ones, SSIM by sigma, what is made of several sigmas, then of several restorations."
-    rank = {s: i for i, s in enumerate([*PLAIN, "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_val", *ENSEMBLES, *DRAWN])}
+    "Scores as tables list them: the plain ones, SSIM by sigma, what is made of several sigmas, then of several restorations, then a model's own."
+    rank = {s: i for i, s in enumerate([*PLAIN, "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_val", *ENSEMBLES, *DRAWN, *OWN])}
     return sorted(dict.fromkeys(scores), key=lambda s: rank.get(s, rank["ssim_val"] - .5))
 
 def score_label(score: str) -> str:
@@ -87,7 +87,11 @@ def chosen_sigma(cases: pd.DataFrame, pooled: pd.DataFrame, table: pd.DataFrame)
 class _OnDisk:
     "What of a study's volumes is kept on the disk."
     def restoration(self, model: str, row: int, fold: int = 0, draws: int = 0) -> np.ndarray | None:
-        "The restoration (H, W, D) of a row of the cohort by a model's best weights, as it is kept on the disk, or so many further `draws` of it (draws, H, W, D); None where it is not."
+        "The restoration (H, W, D) of a row of the cohort by a model's best weights, as it is kept on the disk, or so many further `draws` of it (draws, H, W, D); None where it is not, and of a model that makes none."
+        return None if self.index(model, row, fold) is None or self.score_config(model).own else self._kept(model, row, fold, draws)
+
+    def _kept(self, model: str, row: int, fold: int = 0, draws: int = 0) -> np.ndarray | None:
+        "What a model made of a row, a restoration or its own map, as it is kept on the disk."
         i = self.index(model, row, fold)
         if i is None: return None
         folder, step = self.kept(i)
@@ -106,14 +110,15 @@ class _OnDisk:
         return self.train_dirs[i], self.trainings[i]["results"]["best_step"]
 
     def maps(self, model: str, row: int, names, fold: int = 0) -> dict | None:
-        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk."
+        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk, or the model makes none and they need it."
         if self.cohort is None or (i := self.index(model, row, fold)) is None: return None
         if theirs := self.places[i].get("maps"):
             if any(str(int(row)) not in theirs.get(n, {}) or not (self.evaluate_dirs[i]/theirs[n][str(int(row))]).is_file() for n in names): return None
             return {n: load_map(self.evaluate_dirs[i]/theirs[n][str(int(row))]) for n in names}
         config = self.score_config(model)
+        if config.own and set(names) - {config.own, *PLAIN}: return None
         draws = self.restoration(model, row, fold, config.draws - 1) if set(names) & set(DRAWN) else None
-        if (x_hat := self.restoration(model, row, fold)) is None or (draws is None and set(names) & set(DRAWN)): return None
+        if (x_hat := self._kept(model, row, fold)) is None or (draws is None and set(names) & set(DRAWN)): return None
         return maps_of_reconstruction(self.cohort, row, x_hat, names, config, draws)
 
 # %% ../nbs/42_results.ipynb #c51f575d
@@ -160,7 +165,7 @@ class Results(_OnDisk):
         return from_dict(ScoreConfig, next(e["parameters"].get("score_config") or {} for e, m in zip(self.evaluations, self.labels) if m == model), "scores")
 
     def main_scores(self, model: str) -> tuple[str, ...]:
-        "The scores that tables and figures are about: l1 and SSIM-ens; of maps of another method, which have neither, up to four of its own."
+        "The scores that tables and figures are about: l1 and SSIM-ens; of a model that makes its map itself, and of maps of another method, which have neither, up to four of their own."
         there = list(dict.fromkeys(self.rows(model=model).score))
         return tuple(s for s in ("l1", "ssim_ens") if s in there) or tuple(s for s in there if s not in PLAIN)[:4]
 

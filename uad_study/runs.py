@@ -88,6 +88,7 @@ class Entry:
     scores: dict
     weights: str = ""                # packaged weights that stand in for a training
     base: str = ""                   # of a variant: the label it is compared with
+    encoder_file: str = ""           # the user's file that the features of `fae` are from; not part of a key (its SHA-256 is, in `model`)
     says: str = ""                   # of a variant: what it changes, such as 'train.lr 0.001 → 0.0001'
 
 @dataclass(frozen=True)
@@ -150,12 +151,14 @@ def _label(raw: dict, default: str, where: str) -> str:
     return label.strip()
 
 def _entry(label: str, parts: dict, where: str, own: dict) -> Entry:
-    "A checked `Entry` of raw settings. `own`: those that the entry itself has; only some models can heed how to restore, and scores that need several restorations."
+    "A checked `Entry` of raw settings. `own`: those that the entry itself has; only some models can heed how to restore, and each kind has scores that it cannot be judged by."
     from uad_study.cohort import DataConfig
     from uad_study.models import MODELS, model_config, restore_config
     from uad_study.train import train_config
     from uad_study.volume import GRID_SHAPE
-    model, weights = model_config(parts["model"], where), parts.get("weights", "")
+    weights = parts.get("weights", "")
+    settings, encoder_file = (parts["model"], "") if weights else _with_encoder(parts["model"], where)
+    model = model_config(settings, where)
     if (size := getattr(model, "size", GRID_SHAPE[0])) < GRID_SHAPE[0]: raise UadError(f"{where}, model.size: slices have {GRID_SHAPE[0]} pixels, more than {size}: raise it")
     restore = restore_config(model.name, parts["restore"], f"{where}, restore") if own["restore"] or MODELS[model.name].restores else None
     if restore: restore.check(model.timesteps, f"{where}, restore")
@@ -164,12 +167,31 @@ def _entry(label: str, parts: dict, where: str, own: dict) -> Entry:
     if not weights and data.source == "virtual" and data.n_train < 1: raise UadError(f"{where}: has nothing to train on: set data.n_train to at least 1")
     if "sampler_steps" in parts["restore"] and restore and restore.sampler != "ddim": raise UadError(f"{where}, restore.sampler_steps: is for the sampler ddim: set that too, or remove it")
     if "lr_period" in parts["train"] and train.lr_schedule != "cosine": raise UadError(f"{where}, train.lr_period: is for lr_schedule cosine: set that too, or remove it")
-    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(_scores(parts["scores"], own["scores"], model.name, bool(restore), where)), weights)
+    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(_scores(parts["scores"], own["scores"], model.name, bool(restore), where)), weights, encoder_file=encoder_file)
+
+def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
+    "A model's raw settings, with the SHA-256 of the file `encoder_file` in its place; and that file, '' where none is asked for. Raises `UadError` for a file that does not fit."
+    from uad_study.models import MODELS, ModelConfig
+    if "encoder_sha256" in settings: raise UadError(f"{where}, encoder_sha256: is found from encoder_file: name that instead")
+    if not hasattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "first") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
+    from uad_study.fae import read_encoder
+    settings, file = {k: v for k, v in settings.items() if k != "encoder_file"}, settings.get("encoder_file", "")
+    if not isinstance(file, str): raise UadError(f"{where}, encoder_file: must be the path of a file, not {file!r}")
+    try: return settings | dict(encoder_sha256=read_encoder(file and Path(file).expanduser())[1]), str(Path(file).expanduser().absolute())
+    except UadError as e: raise UadError(f"{where}: {e}") from None
 
 def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
-    "A checked `ScoreConfig` of raw settings: of a model that restores always the same without the scores that need several restorations, unless its `own` settings name them."
+    "A checked `ScoreConfig` of raw settings, without the scores that a model cannot be judged by; raises a `UadError` where its `own` settings name one of these, or nothing is left."
     from uad_study.judge import ScoreConfig
+    from uad_study.models import MODELS
+    from uad_study.scores import PLAIN
     c = from_dict(ScoreConfig, given, f"{where}, scores")
+    if theirs := MODELS[model].own_score:
+        if "names" in own and (odd := [n for n in c.names if n not in (*PLAIN, theirs)]): raise UadError(f"{where}, scores.names: {odd[0]} compares a scan with its restoration, and the model {model!r} makes none: name {theirs}, its own map, or a plain score ({', '.join(PLAIN)})")
+        return c.for_own(theirs)
+    if c.own:
+        if "names" in own or c.names == (c.own,): raise UadError(f"{where}, scores.names: {c.own} is a map that the model fae makes itself, and the model {model!r} restores instead: remove it, or name another score")
+        c = c.without_own()
     for k in ("draws", "mahalanobis_reg"):
         if k in given and not c.drawn and (k in own or restores): raise UadError(f"{where}, scores.{k}: is for the scores mahalanobis and ssim_mahalanobis: name one in scores.names, or remove it")
     if restores: return c
@@ -179,15 +201,24 @@ def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
 def _say_left_out(raw: dict, where: str, entries):
     "Tell once which scores of the section `scores` are left out for which entries."
     from uad_study.judge import ScoreConfig
-    common = from_dict(ScoreConfig, raw.get("scores") or {}, where)
-    drawn, others = common.drawn, set(common.names) - set(common.drawn)
-    without = [e.label for e in entries if not e.restore and not e.base and set(e.scores["names"]) == others]
-    if drawn and without: log.warning("%s: %s: left out for %s, which restore%s always the same", where, " and ".join(drawn), ", ".join(without), "s" * (len(without) == 1))
+    from uad_study.models import MODELS
+    common, told = from_dict(ScoreConfig, raw.get("scores") or {}, where), {}
+    for e in entries if "names" in (raw.get("scores") or {}) else ():
+        theirs, has, asked = MODELS[e.model["name"]].own_score, set(e.scores["names"]), set(common.names)
+        def left(names, why):
+            if (lost := [n for n in names if n not in has]) and not e.base and has - {theirs} <= asked: told.setdefault((tuple(lost), why), []).append(e.label)
+        if theirs: left(common.names, "which make{s} no restorations and {is} judged by {its} own map, " + theirs); continue
+        if not e.restore: left(common.drawn, "which restore{s} always the same")
+        if common.own: left((common.own,), "which make{s} no such map")
+    for (lost, why), labels in told.items():
+        one = len(labels) == 1
+        log.warning("%s: %s: left out for %s, %s", where, " and ".join(lost), ", ".join(labels), why.format(s="s" * one, **{"is": "is" if one else "are"}, its="its" if one else "their"))
 
 # %% ../nbs/41_runs.ipynb #fd313566
 def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
     "The entries of the section `models` by label, and the raw settings of each."
     from uad_study.judge import ScoreConfig
+    from uad_study.models import MODELS
     common, entries, given = {k: raw.get(k) or {} for k in ("data", "train", "restore", "scores")}, {}, {}
     for i, m in enumerate(_list(raw, "models", ["ddpm"], where)):
         at, m = f"{where}, models[{i}]", {"name": m} if isinstance(m, str) else m
@@ -196,13 +227,20 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
         parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label", "weights")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
         if "weights" in m: parts |= _shipped(m["weights"], parts, own, at)
         e = _entry("", parts, at, own)
-        label = _label(m, e.weights or e.model["name"], at)
+        label = _said(_label(m, e.weights or e.model["name"], at), e.model)
         if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
         if label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
         entries[label], given[label] = replace(e, label=label), parts
+    if (own := from_dict(ScoreConfig, common["scores"], f"{where}, scores").own) and not any(MODELS[e.model["name"]].own_score == own for e in entries.values()): raise UadError(f"{where}, scores.names: {own} is a map that the model fae makes itself, and none of the models {', '.join(entries)} does: remove it")
     if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(entries)} has anything to set there: remove it")
     if (drawn := from_dict(ScoreConfig, common["scores"], f"{where}, scores").drawn) and not any(e.restore for e in entries.values()): raise UadError(f"{where}, scores.names: {drawn[0]} compares a scan with several restorations, and none of the models {', '.join(entries)} makes different ones: remove it")
     return entries, given
+
+def _said(label: str, model: dict) -> str:
+    "A label with what no table may leave unsaid of a model, such as the encoder that the features of `fae` are from."
+    from uad_study.models import MODELS, model_config
+    says = getattr(MODELS[model["name"]], "says", None)
+    return label if not says or (said := says(model_config(model))) in label else f"{label} ({said})"
 
 def _shipped(name, parts: dict, own: dict, at: str) -> dict:
     "What packaged weights set of a model's raw settings: its architecture is theirs, and nothing is trained."
@@ -222,7 +260,8 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         if not isinstance(v, dict): raise UadError(f"{at}: must be a mapping of what it changes, such as {{label: lower rate, train: {{lr: 0.0001}}}}, not {v!r}")
         for k in v:
             if k not in ("label", "of", *PARTS): raise UadError(f"{at}: unknown setting {k!r}: {nearest(k, ('label', 'of', *PARTS))}")
-        base = choice(v.get("of", next(iter(bases))), bases, f"{at}.of")
+        of = v.get("of", next(iter(bases)))
+        base = choice(next((b for b, e in bases.items() if of != b and _said(str(of), e.model) == b), of), bases, f"{at}.of")                             # 'fae' is enough for 'fae (self-supervised encoder)'
         own = {k: _mapping(v, k, at) for k in PARTS}
         for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
@@ -490,6 +529,8 @@ def write_run(out, run: Run, study: Study, device: str):
         aside = folder.with_name(f"{folder.name}-cohort-{str(old)[-6:]}")
         shutil.rmtree(aside, ignore_errors=True); folder.rename(aside)
     with_device = dict(device=device) | (dict(devices=study.engine.devices, tensorboard=study.engine.tensorboard) if run.stage == "train" else {})
+    sha = run.parameters.get("model_config", {}).get("encoder_sha256")
+    with_device |= {"encoder_file": e.encoder_file for e in study.entries if run.stage == "train" and sha and e.encoder_file and e.model["encoder_sha256"] == sha}        # where it is now: of no matter to the result
     write_json(folder/"run.json", dict(stage=run.stage, label=run.label, key=run.key, study=study.name, parameters=run.parameters, engine=with_device, cohort=cohort), RUN)
 
 # %% ../nbs/41_runs.ipynb #e6866353
@@ -669,7 +710,7 @@ def out_folder(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out/".lock"); lock.acquire(timeout=0)
         if not (out/"jobs.json").exists() and not any(at_work(f.parent) for f in out.glob("*/run.json")):      # else somebody may be writing there: a cluster's job, or what a killed driver left
-            remove_leftovers(out, out/"figures", *out.glob("train-*"))
+            remove_leftovers(out, out/"figures", *out.glob("train-*"), *out.glob("train-*/encoder"))
     except Timeout: raise UadError(f"{out}: another `uad` command works there: wait for it, or choose another --out") from None
     except OSError as e: raise os_error(out, e) from None
     try: yield out

@@ -22,6 +22,7 @@ from .postprocess import components, erode_mask, labelled, postprocess
 from .prepare import Prepared, _resample, config_atlas, fine_affine, largest_component, prepare_scan, sample, save_transform, to_native
 from .reconstruct import further_draws, reconstruct_volume
 from .volume import GRID_SHAPE, VOXEL_ML, Volume, load_mask, load_volume, save_volume
+from .results import score_label
 from .weights import CARD, FEW, RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
 
 # %% ../nbs/54_scan.ipynb #240e599b
@@ -33,7 +34,7 @@ def scan_state(scan: Volume) -> str:
 # %% ../nbs/54_scan.ipynb #faac9c24
 @dataclass
 class ScanResult:
-    """What weights say about a scan. On the study's grid (H, W, D): `reconstruction`, `maps` by score after post-processing, `found` (bool: the map of `score` above `threshold`, small components removed),
+    """What weights say about a scan. On the study's grid (H, W, D): `reconstruction` (None of a model that makes none), `maps` by score after post-processing, `found` (bool: the map of `score` above `threshold`, small components removed),
     in `prepared` image and brain mask. `parts`: the components of `found`, largest first. `distance`: how far the scan is from what the weights were trained on. `seconds` of each step."""
     scan: Volume
     prepared: Prepared
@@ -42,7 +43,7 @@ class ScanResult:
     threshold: float
     threshold_from: str
     state: str
-    reconstruction: np.ndarray
+    reconstruction: np.ndarray | None
     maps: dict
     found: np.ndarray
     parts: list
@@ -51,11 +52,13 @@ class ScanResult:
     seconds: dict
 
     def native(self) -> dict:
-        "On the scan's own grid: `anomaly` (float32), `mask` (bool) and `reconstruction` (float32, in the scan's intensities, 0 outside the brain; without the scan's bias field)."
+        "On the scan's own grid: `anomaly` (float32), `mask` (bool) and, where there is one, `reconstruction` (float32, in the scan's intensities, 0 outside the brain; without the scan's bias field)."
         p, (low, high) = self.prepared, self.prepared.fine["intensity"]
+        found = dict(anomaly=to_native(self.maps[self.score], p), mask=to_native(self.found, p))
+        if self.reconstruction is None: return found
         part = to_native(p.brain_mask.astype(np.float32), p)
         restored = to_native(np.where(p.brain_mask, low + (high - low) * self.reconstruction, 0), p)
-        return dict(anomaly=to_native(self.maps[self.score], p), mask=to_native(self.found, p), reconstruction=np.where(part >= .5, restored / np.maximum(part, .5), 0).astype(np.float32))
+        return found | dict(reconstruction=np.where(part >= .5, restored / np.maximum(part, .5), 0).astype(np.float32))
 
     @property
     def volume_ml(self) -> float:
@@ -81,7 +84,9 @@ def _one_line(name: str):
 
 def choose_threshold(weights: Weights, score: str, threshold: float | None = None) -> tuple[float, str]:
     "The threshold of a score and where it comes from, in words: the one given, else that of the weights. Raises `UadError` for a score they do not have, or one without a threshold."
-    choice(score, weights.scores.names_for(weights.contrast), "score")
+    names = weights.scores.names_for(weights.contrast)
+    if score not in names and weights.scores.own: raise UadError(f"score: {score!r} is none of the weights {weights.name}, whose model makes its map itself and restores nothing: choose {' or '.join(names[::-1])}")
+    choice(score, names, "score")
     if threshold is not None:
         if not 0 <= threshold < np.inf: raise UadError(f"threshold: must be a number of 0 or more, not {threshold}")
         return float(threshold), "given"
@@ -125,11 +130,12 @@ def contrast_note(prepared: Prepared, weights: Weights) -> str:
     return f"This looks like a {other} scan (correlation with the atlas's {other} is {r[other]:.2f}, with its {weights.contrast} {r[weights.contrast]:.2f}), but the weights are for {weights.contrast}." if r[other] > r[weights.contrast] + .05 else ""
 
 # %% ../nbs/54_scan.ipynb #4dd4769e
-def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", score: str = "ssim_ens", threshold: float | None = None, device: str = "cpu") -> ScanResult:
+def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", score: str = "", threshold: float | None = None, device: str = "cpu") -> ScanResult:
     """What `weights` say about a scan, a path or a `Volume`. `brain_mask`: a path or a bool `Volume` on the scan's grid. `state`: 'head', 'stripped', or 'auto' (see `scan_state`).
-    `threshold` of `score`: default that of the weights. Raises `UadError` in one line for whatever is wrong with scan, mask or settings."""
+    `score`: default SSIM-ens, or that of a model which makes its map itself (`Weights.score`); its `threshold`: default that of the weights. Raises `UadError` in one line for whatever is wrong with scan, mask or settings."""
     seconds, name = {}, str(scan.path if isinstance(scan, Volume) else scan) or "scan"
     choice(state, ("auto", "head", "stripped"), "state")
+    score = score or weights.score
     threshold, source = choose_threshold(weights, score, threshold)
     with _one_line(name):
         with _step(seconds, "read"):
@@ -146,7 +152,7 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             found = components(maps[score] > threshold, c.min_voxels)
         with _step(seconds, "compare"): far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
     notes = [n for n in (note, few_note(weights)) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
-    return ScanResult(scan, p, weights, score, threshold, source, state, x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
+    return ScanResult(scan, p, weights, score, threshold, source, state, None if weights.scores.own else x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
 
 # %% ../nbs/54_scan.ipynb #e18e365e
 SUMMARY = "uad-score/1"
@@ -198,10 +204,10 @@ def write_scan(result: ScanResult, folder, key: str = "") -> dict:
     folder, clock, g = Path(folder), time.perf_counter(), np.float16
     _not_ours(folder, _sha(result.scan.path))
     native, p = result.native(), result.prepared
-    names = output_names(folder.name, result.weights.contrast, result.score, space_of(result.weights.prepare))
+    names = {k: n for k, n in output_names(folder.name, result.weights.contrast, result.score, space_of(result.weights.prepare)).items() if k != "reconstruction" or k in native}
     with atomic_dir(folder) as tmp:
-        for k in ("anomaly", "mask", "reconstruction"): save_volume(tmp/names[k], native[k], result.scan.affine, result.scan.axes)
-        np.savez_compressed(tmp/names["scores"], image=p.image.astype(g), brain_mask=p.brain_mask, reconstruction=result.reconstruction.astype(g), affine=p.grid_affine, **{k: m.astype(g) for k, m in result.maps.items()})
+        for k in native: save_volume(tmp/names[k], native[k], result.scan.affine, result.scan.axes)
+        np.savez_compressed(tmp/names["scores"], image=p.image.astype(g), brain_mask=p.brain_mask, **({} if result.reconstruction is None else {"reconstruction": result.reconstruction.astype(g)}), affine=p.grid_affine, **{k: m.astype(g) for k, m in result.maps.items()})
         save_transform(tmp/names["transform"], p)
         summary = summary_of(result, native) | dict(key=key)
         summary["seconds"] = summary["seconds"] | dict(write=round(time.perf_counter() - clock, 2))
@@ -224,7 +230,7 @@ def _centre(result: ScanResult) -> list[int]:
     return [int(round(i.mean())) for i in np.nonzero(p.brain_mask)]
 
 def scan_pictures(result: ScanResult) -> tuple[dict, float]:
-    """The pictures of a result, {(plane, kind): uint8 (h, w, 3)}, 1 mm a pixel: planes 'axial', 'coronal', 'sagittal' (the subject's left at the left, front to the right); kinds 'scan', 'restoration',
+    """The pictures of a result, {(plane, kind): uint8 (h, w, 3)}, 1 mm a pixel: planes 'axial', 'coronal', 'sagittal' (the subject's left at the left, front to the right); kinds 'scan', 'restoration' (where there is one),
     'map' (inferno, from 0 to the value that is returned) and 'found'."""
     from matplotlib import colormaps
     from scipy.ndimage import binary_dilation, binary_erosion
@@ -234,7 +240,8 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
     scan = _resample(result.scan.data, result.scan.affine, p.to_atlas, fine_affine(p.grid_affine), shape, 1)
     low, high = np.percentile(scan[::2, ::2, ::2][p.brain_mask], (1, 99.5))
     scan = ((scan - low) / max(high - low, 1e-6))[tuple(slice(2 * b.start, 2 * b.stop) for b in box)]
-    restored, scores, found = (np.asarray(a)[box] for a in (np.where(p.brain_mask, result.reconstruction, 0), result.maps[result.score], result.found))
+    scores, found = (np.asarray(a)[box] for a in (result.maps[result.score], result.found))
+    restored = None if result.reconstruction is None else np.where(p.brain_mask, result.reconstruction, 0)[box]
     top = max(float(np.percentile(scores[scores > 0], 99.8)) if (scores > 0).any() else 0., 1.25 * result.threshold, 1e-6)
     at, pictures = [c - b.start for c, b in zip(_centre(result), box)], {}
     gray = lambda a: (np.clip(a, 0, 1)[..., None] * 255).astype(np.uint8).repeat(3, -1)
@@ -244,7 +251,7 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
         over, edge = gray(x), mask & ~binary_erosion(mask)
         over[mask] = (.5 * over[mask] + .5 * np.array(FOUND_COLOR)).astype(np.uint8); over[edge] = FOUND_COLOR
         colours = (colormaps["inferno"](twice(np.clip(scores.take(at[axis], axis) / top, 0, 1)))[..., :3] * 255).astype(np.uint8)
-        pictures |= {(plane, k): up(v) for k, v in dict(scan=gray(x), restoration=gray(twice(restored.take(at[axis], axis))), map=colours, found=over).items()}
+        pictures |= {(plane, k): up(v) for k, v in (dict(scan=gray(x)) | ({} if restored is None else dict(restoration=gray(twice(restored.take(at[axis], axis))))) | dict(map=colours, found=over)).items()}
     return pictures, top
 
 # %% ../nbs/54_scan.ipynb #efb7b2b9
@@ -290,8 +297,8 @@ def _components_table(s: dict) -> str:
     more = f"<p class=foot>The {len(s['components'])} largest of {s['n_components']}.</p>" if s["n_components"] > len(s["components"]) else ""
     return f"<div class=scroll><table><tr><th>Component<th>Volume, mL<th>Centre in the scan, mm (RAS)<th>Centre in the atlas, mm<th>Highest score{rows}</table></div>{more}"
 
-def _distance_table(d: dict) -> str:
-    what = dict(error="Restoration error (median in the brain)", histogram="Intensities (distance of histograms)")
+def _distance_table(d: dict, own: str = "") -> str:
+    what = dict(error=f"{html.escape(score_label(own))} (median in the brain)" if own else "Restoration error (median in the brain)", histogram="Intensities (distance of histograms)")
     rows = "".join(f"<tr><td>{what[k]}<td>{d[k]['value']:.4f}<td>{d[k]['median']:.4f}<td>{d[k]['largest']:.4f}<td>{html.escape(d[k].get('verdict', ''))}" for k in what if k in d)
     return f"<div class=scroll><table><tr><th><th>This scan<th>Healthy scans, median<th>Healthy scans, largest<th>{rows}</table></div>"
 
@@ -304,14 +311,16 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
     notes = "".join(f"<p>{e(n)}</p>" for n in s["notes"]) + (f"<p>This scan is {_VERDICTS[verdict]}.</p>" if verdict != "in" else "")
     facts = [(f"{s['volume_ml']:.1f} mL", "above the threshold"), (str(s["n_components"]), "components"), (f"<span>{e(verdict)}</span>", _VERDICTS[verdict]), (e(s["weights"]), f"weights for {s['contrast']}" + (f", {s['trained_on']}" if s["trained_on"] else ""))]
     boxes = "".join(f"<div><b class={verdict if i == 2 else 'x'}>{a}</b>{e(b)}</div>" for i, (a, b) in enumerate(facts))
-    grid = "".join(f"<h3>{t}</h3>" for t in _KINDS.values()) + "".join(_picture(pictures[plane, k], f"{_KINDS[k]}, {plane}", ends) for plane, ends in (("axial", "LR"), ("coronal", "LR"), ("sagittal", "PA")) for k in _KINDS)
+    own, shown = result.weights.scores.own, {k: t for k, t in _KINDS.items() if ("axial", k) in pictures}
+    how = f"compared by {e(s['weights'])} with what a model of healthy brains tells of it, in the features of a network: {e(score_label(own))}" if own else f"restored as a healthy brain would look to {e(s['weights'])}; the {e(s['score'])} score measures the difference"
+    grid = "".join(f"<h3>{t}</h3>" for t in shown.values()) + "".join(_picture(pictures[plane, k], f"{_KINDS[k]}, {plane}", ends) for plane, ends in (("axial", "LR"), ("coronal", "LR"), ("sagittal", "PA")) for k in shown)
     steps = ", ".join(f"{k} {v:.1f}" for k, v in s["seconds"].items())
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'\"><meta name=viewport content='width=device-width,initial-scale=1'>"
-            f"<meta name=generator content='{SUMMARY}'><link rel=icon href='data:,'><title>{e(label)}</title><style>{_STYLE}</style></head><body><h1>{e(label)}</h1><p class=lead>{e(s['contrast'])}, restored as a healthy brain would look to {e(s['weights'])}; the {e(s['score'])} score measures the difference.</p>"
-            f"<div class=note><p><b>{html.escape(RESEARCH_ONLY)}</b></p>{notes}</div><div class=facts>{boxes}</div><div class=planes>{grid}</div>"
+            f"<meta name=generator content='{SUMMARY}'><link rel=icon href='data:,'><title>{e(label)}</title><style>{_STYLE}</style></head><body><h1>{e(label)}</h1><p class=lead>{e(s['contrast'])}, {how}.</p>"
+            f"<div class=note><p><b>{html.escape(RESEARCH_ONLY)}</b></p>{notes}</div><div class=facts>{boxes}</div><div class=planes{' style=grid-template-columns:repeat(3,minmax(0,1fr))' * (len(shown) == 3)}>{grid}</div>"
             f"<p class='key foot'>Planes through {'the largest component' if s['n_components'] else 'the highest score'}; L, R, P, A: the person’s left, right, back and front. Map: 0<span class=bar style='background:{inferno}'><u style='left:{min(100, 100 * s['threshold'] / top):.1f}%'></u></span>{top:.2f}, the mark at the threshold {s['threshold']:.3f}"
             f" ({e(s['threshold_from'])}). <s style='background:rgb{FOUND_COLOR}'></s>above it.</p>"
-            f"<h2>What is above the threshold</h2>{_judged(result, s)}{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'])}"
+            f"<h2>What is above the threshold</h2>{_judged(result, s)}{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'], own)}"
             f"<details><summary>Files, preparation, time</summary><p>{'<br>'.join(f'<code>{e(n)}</code> {k}' for k, n in names.items())}</p><p>Brain mask: {e(str(s['preparation'].get('mask_method', '')))}; it overlaps the atlas’s by Dice {s['preparation'].get('mask_dice', float('nan')):.2f}. Brain {s['preparation'].get('brain_ml', float('nan')):.0f} mL in the atlas."
             f" Mask file: {s['mask_ml']:.2f} mL in the scan’s voxels; {s['atlas_ml']:.2f} mL in the atlas. It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
 
@@ -365,9 +374,9 @@ def kept_summary(folder, key: str) -> dict | None:
     try: return s if key and s["key"] == key and all(file_sha256(Path(folder)/f) == h for f, h in s["files"].items()) else None
     except (OSError, KeyError): return None
 
-def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str = "auto", score: str = "ssim_ens", threshold: float | None = None, device: str = "cpu") -> dict:
+def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str = "auto", score: str = "", threshold: float | None = None, device: str = "cpu") -> dict:
     "Score one file and write `out`/<label>, unless that is there: the row of `scores.csv`. Raises only `UadError`."
-    clock, path = time.perf_counter(), Path(path)
+    clock, path, score = time.perf_counter(), Path(path), score or weights.score
     label, mask = label_of(path, weights.contrast), mask_for(path, brain_mask) if brain_mask else None
     key = _key(path, mask, weights, dict(state=state, score=score, threshold=threshold))
     s = kept_summary(Path(out)/label, key)
@@ -398,7 +407,7 @@ def score_files(files, weights: Weights, out, brain_mask: str = "", tick=None, *
     """Score many files into `out` and list them in `out`/scores.csv (beside those scored there before): the table, with `error` in the rows of those that failed. `tick(row)` hears of each; `how`: as for `score_file`.
     Raises `UadError` when two would have the same outputs, or one brain mask is given for many."""
     files, out, rows = [Path(f) for f in files], Path(out), []
-    choose_threshold(weights, how.get("score", "ssim_ens"), how.get("threshold"))
+    choose_threshold(weights, how.get("score") or weights.score, how.get("threshold"))
     if brain_mask and len(files) > 1 and "{name}" not in brain_mask: raise UadError(f"--brain-mask: is one file, but there are {len(files)} scans: give a pattern with {{name}}, such as 'masks/{{name}}_mask.nii.gz'")
     labels, before = [_label(f, weights.contrast) for f in files], _listed(out/"scores.csv")
     for i, l in enumerate(labels):

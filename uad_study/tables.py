@@ -18,7 +18,7 @@ from html import escape
 from .manifest import PAPER_SIZES, listing
 from .metrics import bootstrap_interval, holm, paired_test
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
-from .scores import DRAWN, PLAIN
+from .scores import DRAWN, OWN, PLAIN
 
 # %% ../nbs/43_tables.ipynb #4b1a0b38
 ARROWS = {"up": "↑", "down": "↓"}
@@ -386,8 +386,9 @@ def table_false_positives(results: Results) -> Table:
         at = [numbers.cases.get((m, c, "healthy", s, r)) for s in scores]
         if all(g is None for g in at): continue
         volumes = [None if g is None else per_patient(g, "predicted_ml") for g in at]
-        mean = [no_number("no threshold") if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v in volumes]
-        t.add(m, c, rules[r], max(len(v) for v in volumes if v is not None), *mean, *(no_number("no threshold") if g is None else f"{100 * (g.predicted_ml > ml).mean():.0f} %" for g in at))
+        none = [no_number("no threshold" if any((m, c, p, s) in numbers.table for p, _ in numbers.places) else "not judged") for s in scores]
+        mean = [why if v is None else number(v.mean(), more="" if (b := bootstrap_interval(v))[0] != b[0] else f"{b[0]:.1f}, {b[1]:.1f}") for v, why in zip(volumes, none)]
+        t.add(m, c, rules[r], max(len(v) for v in volumes if v is not None), *mean, *(why if g is None else f"{100 * (g.predicted_ml > ml).mean():.0f} %" for g, why in zip(at, none)))
     if t.rows: t.notes.append(f"The rule 'healthy, {ml:g} mL' was set so that {100 - 100 * _healthy(results, 'healthy_share', .95):.3g} % of healthy validation scans may be above {ml:g} mL; the last columns say how many healthy test scans are.")
     return t
 
@@ -437,12 +438,12 @@ def table_restorations(results: Results) -> Table:
 # %% ../nbs/43_tables.ipynb #5333b2f8
 def variant_effects(results: Results) -> pd.DataFrame:
     "What each variant changes: rows of label, base, says, pathology, score, n (patients), dice, and its paired difference to the base in Dice with a 95 % bootstrap interval (fractions)."
-    rows, c = [], results.cases[results.cases.score.isin(MAIN)]
+    rows, c = [], results.cases[results.cases.score.isin([*MAIN, *OWN])]
     def dice(model, p, score, rule):
         return c[(c.model == model) & (c.pathology == p) & (c.score == score) & (c.threshold_from == rule)].groupby(["patient_id", "contrast", "fold"], sort=False).dice.mean()
     for label, v in results.variants.items():
         for p in results.pathologies:
-            for score in MAIN:
+            for score in results.main_scores(v["base"]):
                 rule = headline_rule(c[(c.model == v["base"]) & (c.pathology == p) & (c.score == score)].threshold_from)       # both under the base's
                 pair = pd.concat([dice(label, p, score, rule), dice(v["base"], p, score, rule)], axis=1, join="inner").dropna().groupby("patient_id").mean().to_numpy()
                 if not len(pair): continue
@@ -451,13 +452,14 @@ def variant_effects(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "base", "says", "pathology", "score", "n", "dice", "base_dice", "difference", "lo", "hi"])
 
 def table_variants(results: Results) -> Table:
-    "What matters: Dice (%) of l1 and SSIM-ens for each variant, with the difference to its base, and the SSIM of its restorations to the input in healthy brain."
-    t, r, both = variant_effects(results), results.restorations, [(p, s) for p in results.pathologies for s in MAIN]
+    "What matters: Dice (%) of the main scores for each variant, with the difference to its base, and the SSIM of its restorations to the input in healthy brain."
+    t, r = variant_effects(results), results.restorations
+    both = [(p, s) for p in results.pathologies for s in score_order([*(MAIN if not len(t) or set(t.score) & set(MAIN) else ()), *t.score])]
     cells = Table("variants", "What each setting changes.", ["variant", "changes", *(f"{NAMES.get(p, p)}, {score_label(s)}" for p, s in both), "SSIM of restorations"])
     quality = lambda m: number(r[(r.model == m) & (r.split == "test")].ssim.mean() if len(r) else np.nan, ".3f")
     def of(g, p, s, say):
         x = g[(g.pathology == p) & (g.score == s)]
-        return say(x.iloc[0]) if len(x) else no_number("missing")
+        return say(x.iloc[0]) if len(x) else no_number("not of this model" if (s in OWN) != (g.score.isin(OWN).any()) else "missing")
     for base in dict.fromkeys(t.base):
         mine = t[t.base == base]
         cells.add(base, "the base", *(of(mine, p, s, lambda x: Cell(f"{100 * x.base_dice:.1f}")) for p, s in both), quality(base))
@@ -514,7 +516,7 @@ def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFram
     "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
     t = matrix(results) if t is None else t
     if len(results.models) > 1: t = t[~t.model.isin(results.variants)]
-    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin(MAIN))]
+    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin([*MAIN, *OWN]))]
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
 
@@ -582,16 +584,17 @@ def undertrained(curve: list[dict], steps: pd.DataFrame, ssim: float = np.nan, f
     """Signs that a model is under-trained, in words; none if it shows none.
 
     `curve` holds the records of metrics.jsonl, `steps` the rows of steps.csv of this training, `ssim` the mean SSIM of its restorations to the input in healthy brain. `fall`: relative fall of the
-    validation loss over the second half of the training; `rise`: relative rise of the mean Dice of SSIM-ens from the last snapshot to the end; `low`: an SSIM below which restorations are blurred."""
+    validation loss over the second half of the training; `rise`: relative rise of the mean Dice of SSIM-ens (or the model's own score) from the last snapshot to the end; `low`: an SSIM below which restorations are blurred."""
     signs, end = [], curve[-1]["step"] if curve else 0
     if ssim < low: signs.append(f"its restorations are blurred (SSIM {ssim:.2f} to the input outside lesions)")
     first, second = [r["val_loss"] for r in curve if r["step"] <= end / 2], [r["val_loss"] for r in curve if r["step"] > end / 2]
     if first and (f := 1 - min(second) / min(first)) > fall:
         signs.append(f"its validation loss fell by {f:.0%} over the second half of its {end} training steps")
     if len(steps):
-        dice = steps[steps.score == "ssim_ens"].groupby("step").dice.mean()
+        score = next((s for s in OWN if s in set(steps.score)), "ssim_ens")
+        dice = steps[steps.score == score].groupby("step").dice.mean()
         if len(dice) > 1 and dice.iloc[-2] > 0 and (r := dice.iloc[-1] / dice.iloc[-2] - 1) > rise:
-            signs.append(f"the Dice of SSIM-ens still rose by {r:.0%} from step {dice.index[-2]} to step {dice.index[-1]}")
+            signs.append(f"the Dice of {score_label(score)} still rose by {r:.0%} from step {dice.index[-2]} to step {dice.index[-1]}")
     return signs
 
 # %% ../nbs/43_tables.ipynb #a7820bb9

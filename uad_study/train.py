@@ -13,11 +13,11 @@ import json, math, os, subprocess, sys, tempfile, threading, time, zipfile
 import numpy as np, torch
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .core import Stopped, UadError, atomic_file, choice, derive_seed, digest, from_dict, listening, log, os_error, read_json, write_json
 from .cohort import Cohort, augment_slices, draw_slices, slice_index, take_slices
-from .models import MODELS, ModelConfig, RestoreConfig, build_model, model_config, parameter_count
+from .models import MODELS, ModelConfig, RestoreConfig, build_model, model_config, output, parameter_count
 
 # %% ../nbs/33_train.ipynb #fabdad31
 LR_SCHEDULES, PRECISIONS = ("constant", "cosine", "linear"), ("auto", "float32", "bf16")
@@ -169,9 +169,9 @@ class FixedValidation:
         return None if stopped else team.sums(total)[0] / len(self.pairs)
 
     def look(self, model, device) -> tuple[np.ndarray, np.ndarray]:
-        "The slices `shown` and their restorations by `model`: two arrays (n, H, W)."
+        "The slices `shown` and what `model` makes of them (see `models.output`): two arrays (n, H, W)."
         training, x = model.training, take_batch(self.cohort, self.shown, device)
-        x_hat = model.eval().reconstruct(x, generator_for(device, self.config.seed, "look"))
+        x_hat = output(model.eval(), x, generator_for(device, self.config.seed, "look"))
         model.train(training)
         return tuple(t[:, 0].float().cpu().numpy() for t in (x, x_hat))
 
@@ -311,18 +311,19 @@ def _board(folder, step: int):
 
 # %% ../nbs/33_train.ipynb #94cca5a2
 class _Training:
-    def __init__(self, cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device, tensorboard: bool, team: Team, stop, tell):
+    def __init__(self, cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device, tensorboard: bool, team: Team, stop, tell, kind=None, begin=None):
         self.cohort, self.config, self.folder, self.device, self.team, self.stop, self.tell, self.place = cohort, config, Path(folder), device, team, stop, tell, dict(contrast=contrast, fold=fold)
         self.rows = _rows(cohort, contrast, fold)
         self.index, self.validate, self.precision = slice_index(cohort, self.rows["train"]), FixedValidation(cohort, self.rows["val"], config), autocast(config, device)[1]
         self.settings = {"model": asdict(model_config), "train": asdict(config) | {"checkpoint_minutes": 0, "precision": self.precision}, "data": self.place | dict(sha256=cohort.info["sha256"])}
-        self.model = build_model(model_config, derive_seed(config.seed, "weights")).to(device).train()
+        last, text = newest_checkpoint(self.folder, self.settings)
+        self.model = build_model(model_config, derive_seed(config.seed, "weights"), kind=kind).to(device).train()
+        if begin and not last: begin(self.model)
         if team.size > 1: _with_team_norm(self.model)
         self.ema = averaged(self.model, config.ema) if config.ema else None
         self.judged = self.ema.module if self.ema else self.model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=config.amsgrad, weight_decay=config.weight_decay)
         self.step, self.best, self.seconds, self.records, self.running, self.due, self.pace, self.images = 0, (math.inf, 0), 0.0, [], [], False, Pace(), 0.0
-        last, text = newest_checkpoint(self.folder, self.settings)
         if last: self.resume(last)
         self.found = last and last["file"]
         self.net = team.wrap(self.model)
@@ -529,12 +530,13 @@ def _outcome(outcomes: list, devices: int, log_file: Path) -> dict:
     return next(value for kind, value in outcomes if value)
 
 # %% ../nbs/33_train.ipynb #ffffcd0b
-def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device="cpu", tick=None, look=None, devices: int = 1, tensorboard: bool = False) -> dict:
+def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device="cpu", tick=None, look=None, devices: int = 1, tensorboard: bool = False, encoder_file="") -> dict:
     """Train a model on the healthy training volumes of a fold; goes on from the checkpoint in `folder` where there is one (last.pt, or previous.pt where that is damaged).
 
     Writes best.pt (lowest validation loss), snapshot-<step>.pt, metrics.jsonl (step, loss, val_loss, lr, seconds), parts.json and, with `tensorboard`, event files. `tick(step, steps, text,
     **facts)` is called at the start and after each step with epoch, loss (None before the first step), val_loss and images_per_second (of the last ten seconds of training);
-    `look(step, x, x_hat)` after each validation with a few validation slices and their restorations, (n, H, W) in [0, 1]. `devices`: processes that share each batch (on a GPU each).
+    `look(step, x, x_hat)` after each validation with a few validation slices and their restorations (or maps: `models.output`), (n, H, W) in [0, 1]. `devices`: processes that share each batch (on a GPU each).
+    A model that builds on an encoder (`fae`) has it trained first, in `folder`/encoder, with checkpoints of its own: `tick` counts these steps, too, and the result has `encoder`; or it is read from `encoder_file`.
     Returns the best step and loss, the first and last validation losses, parameters, precision, seconds and parts (the attempts: start, end, seconds, how).
 
     Raises `Stopped` after a signal (SIGTERM, SIGUSR1, SIGUSR2) or when a file `stop` is in `folder`, which it never removes: who calls again removes it first. Raises `UadError` when a split is
@@ -546,17 +548,37 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
         if kind == "tick" and tick: tick(*values, **facts)
         if kind == "look" and look: look(values[0], *(values[1]() if callable(values[1]) else values[1]))
         if kind == "say": log.warning(values[0]); print(values[0])
-    work = dict(cohort=cohort.folder, contrast=contrast, fold=fold, model_config=model_config, config=config, folder=folder, device=device, tensorboard=tensorboard)
+    work = dict(cohort=cohort.folder, contrast=contrast, fold=fold, model_config=model_config, config=config, folder=folder, device=device, tensorboard=tensorboard, encoder_file=str(encoder_file))
     with listening(folder) as stop:
         if devices > 1: return _train_together(work | dict(cohort=Path(cohort.folder).resolve(), folder=folder.resolve(), model_config=asdict(model_config), config=asdict(config)), devices, look is not None, stop, tell)
         with _memory_of(config, device): return _trained(**work | dict(cohort=cohort), team=Team(), stop=stop, tell=tell)
 
 # %% ../nbs/33_train.ipynb #dcfe454b
-def _trained(cohort, team, **how) -> dict:
-    t = _Training(cohort if isinstance(cohort, Cohort) else Cohort(cohort), team=team, **how)
+def _trained(cohort, model_config, config, folder, tell, encoder_file="", **how) -> dict:
+    "Train a model; before it, where it builds on one that is trained here (`first`), its encoder."
+    how, kind = how | dict(cohort=cohort if isinstance(cohort, Cohort) else Cohort(cohort), model_config=model_config), MODELS[model_config.name]
+    if not hasattr(kind, "first"): return _fitted(config=config, folder=folder, tell=tell, **how)
+    encoder, begin, made, ahead = Path(folder)/"encoder", (lambda m: m.begin(file=encoder_file)), dict(sha256=model_config.encoder_sha256), 0
+    if first := kind.first(model_config):
+        encoder.mkdir(parents=True, exist_ok=True)
+        ahead = model_config.encoder_steps
+        made = _fitted(config=replace(config, steps=ahead, snapshots=(), ema=0.), folder=encoder, tell=_counting(tell, 0, ahead + config.steps, "encoder: "), kind=first, **how)
+        begin = lambda m: m.begin(read_checkpoint(encoder/BEST, how["device"])["model"])
+    result = _fitted(config=config, folder=folder, tell=_counting(tell, ahead, ahead + config.steps) if ahead else tell, begin=begin, **how)
+    return result | dict(train_seconds=round(result["train_seconds"] + made.get("train_seconds", 0), 1), encoder={k: v for k, v in made.items() if k in ("sha256", "steps", "best_step", "first_val_loss", "best_val_loss", "parameters", "train_seconds")})
+
+def _fitted(**how) -> dict:
+    t = _Training(**how)
     try: return _fit(t)
     finally:
         if t.board: t.board.close()
+
+def _counting(tell, before: int, total: int, says: str = ""):
+    "`tell` for one of two trainings in a row: `before` steps are done of a `total`. What `says` something is the first, and has nothing to look at."
+    def told(kind, *values, **facts):
+        if kind == "tick": values = (values[0] + before, total, says + values[2])
+        if kind != "look" or not says: tell(kind, *values, **facts)
+    return told
 
 def _memory_of(config: TrainConfig, device):
     return memory(device, "train.batch_size", f"take fewer than {config.batch_size} slices a step (or lower model.channels; or engine.slots, where other runs use the device too)")

@@ -19,7 +19,7 @@ from .judge import headline_rule
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
 from .results import NAMES, Results, gather, score_label
-from .scores import DRAWN, ENSEMBLES, SIGMAS, score_maps, sigma_of
+from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS, score_maps, sigma_of
 from .volume import VOXEL_ML, load_map
 
 # %% ../nbs/50_viewer.ipynb #929fe5da
@@ -54,7 +54,7 @@ def rule_label(rule: str, ml: float = 1.) -> str:
 class Restored:
     """One model on one contrast and fold: its restorations {row: (H, W, D)}; the thresholds the study found, {(score, pathology): {rule: threshold}}; and how its maps are made and post-processed.
 
-    `maps`: of a method that gives maps instead of restorations, {score: {row: file}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
+    `maps`: of a method that gives maps instead of restorations, {score: {row: file, or array (H, W, D)}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
     label: str
     volumes: dict
     thresholds: dict
@@ -81,7 +81,8 @@ class Restored:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
         judged = {score for score, _ in self.thresholds}
         more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [*["l1_ssim"] * ("l1_ssim" in judged), *(n for n in DRAWN if n in judged and self.draws)]
-        return list(self.maps) if self.maps else ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
+        if self.maps: return [*(n for n in PLAIN if n in judged), *self.maps]
+        return ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
 
 # %% ../nbs/50_viewer.ipynb #45a699d4
 def _thresholds(results: Results, name: str, contrast: str, fold: int) -> dict:
@@ -112,6 +113,7 @@ def restored_models(results: Results) -> list[Restored]:
                 if info["step"] != step or (info.get("restore") or {}) != (q.get("restore_config") or {}) or e["results"].get("checkpoint_sha256") not in (None, info.get("checkpoint_sha256")): continue
                 if "draws" not in info: volumes |= v
                 elif further and info["draws"] >= further: draws |= {r: a[:further] for r, a in v.items()}
+            if config.own: volumes, maps = {}, {config.own: volumes}                   # what is kept are its maps
         how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml", "mahalanobis_reg")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
                      name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, draws=draws if set(draws) >= set(volumes) else None, **how)
@@ -210,7 +212,8 @@ class _Volumes(_Thresholds):
 
     def _raw(self, s: ViewState) -> np.ndarray:
         m, (x, x_hat, mask, _) = self.models[s.model], self.case(s)
-        if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: load_map(m.maps[s.score][s.row])))
+        if m.maps and s.score in PLAIN: return score_maps(x, x, [s.score], brain_mask=mask)[s.score]
+        if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: given if isinstance(given := m.maps[s.score][s.row], np.ndarray) else load_map(given)))
         how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
         singles = [f"ssim_{v:g}" for v in m.sigmas]

@@ -15,11 +15,12 @@ from . import __version__
 from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_settings, read_json, write_json
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
-from .models import MODELS, RestoreConfig, model_config, parameter_count, restore_config
+from .models import MODELS, RestoreConfig, model_config, model_label, parameter_count, restore_config
 from .postprocess import erode_mask
 from .prepare import PrepareConfig
 from .reconstruct import further_draws, reconstruct_volume
 from .results import Results
+from .scores import OWN
 from .runs import RESULT, RUN, STAGES, provenance
 from .shipped import CARD, FORMAT, TENSORS, packaged_folder, packaged_weights, read_card, read_model
 from .train import load_model, train_config
@@ -40,6 +41,11 @@ class Weights:
     thresholds: dict
     card: dict
 
+    @property
+    def score(self) -> str:
+        "The score that is meant where none is named: SSIM-ens, or the model's own."
+        return self.scores.own or "ssim_ens"
+
 def histogram(image, brain_mask) -> np.ndarray:
     "Shares of the brain's voxels by intensity, (BINS,), sum 1."
     counts, _ = np.histogram(np.asarray(image)[np.asarray(brain_mask) != 0], BINS, (0, 1))
@@ -51,10 +57,11 @@ def _apart(a, b) -> float:
     middles = (np.arange(BINS) + .5) / BINS
     return float(wasserstein_distance(middles, middles, a, b))
 
-def _error(image, x_hat, brain_mask, erode: int) -> float:
-    "Median of |x - x_hat| in the eroded brain: a lesion of less than half the brain hardly moves it."
-    inside = erode_mask(np.asarray(brain_mask), erode)
-    return float(np.median(np.abs(np.asarray(image) - np.asarray(x_hat))[inside])) if inside.any() else float("nan")
+def _error(image, x_hat, brain_mask, scores: ScoreConfig) -> float:
+    "Median of |x - x_hat|, or of a model's own map, in the eroded brain: a lesion of less than half the brain hardly moves it."
+    inside = erode_mask(np.asarray(brain_mask), scores.erode)
+    error = np.asarray(x_hat) if scores.own else np.abs(np.asarray(image) - np.asarray(x_hat))
+    return float(np.median(error[inside])) if inside.any() else float("nan")
 
 # %% ../nbs/53_weights.ipynb #96b1c539
 def training_of(run) -> tuple[Path, dict]:
@@ -114,7 +121,7 @@ def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tic
         seed, device = (0, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device
         x_hat, draws = reconstruct_volume(model, x, seed, device), further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None
         kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores, draws).values())
-        error.append(_error(x, x_hat, mask, scores.erode)); histograms.append(histogram(x, mask))
+        error.append(_error(x, x_hat, mask, scores)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
     thresholds = {name: float(_Judged(kept, k, name).healthy(list(rows))["healthy"]) for k, name in enumerate(names)}
     kept.remove()
@@ -129,13 +136,13 @@ def _card_text(c: dict) -> str:
     "The card as Markdown."
     t, d = c["training"], c["data"]
     said = lambda r: f" [{100 * r['dice_lo']:.1f}, {100 * r['dice_hi']:.1f}]" if None not in (r["dice_lo"], r["dice_hi"]) else ""
-    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and r["score"] in ("l1", "ssim_ens", "intensity"))
-    marked = "; ".join(f"{s} {h['mean_ml']:.2f} mL on average, at most {c['scores']['healthy_ml']:g} mL in {100 * h['share']:.0f} % of {h['n']}, at worst {h['most_ml']:.1f} mL" for s, h in c["healthy_test"].items() if s in ("ssim_ens", "l1"))
+    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and r["score"] in ("l1", "ssim_ens", *OWN, "intensity"))
+    marked = "; ".join(f"{s} {h['mean_ml']:.2f} mL on average, at most {c['scores']['healthy_ml']:g} mL in {100 * h['share']:.0f} % of {h['n']}, at worst {h['most_ml']:.1f} mL" for s, h in c["healthy_test"].items() if s in ("ssim_ens", "l1", *OWN))
     return f"""# {c['name']}
 
 {RESEARCH_ONLY}
 
-- Model: {c['model']['name']}, {c['parameters']:,} parameters in half precision; {c['contrast']} slices of 96x96 pixels of 2 mm.
+- Model: {model_label(model_config(c['model']))}, {c['parameters']:,} parameters in half precision; {c['contrast']} slices of 96x96 pixels of 2 mm.
 - Trained on: {d['source']} cohort, {t['subjects']} healthy subjects; {t['steps']} steps of {t['batch_size']} slices, best at step {t['best_step']} (validation loss {t['best_val_loss']:.5f}), {t['seconds'] / 60:.0f} minutes.
 - Made by: uad_study {c['version']}; trained at commit {t['commit'] or 'unknown'}, exported at {c['provenance'].get('commit') or 'unknown'}.
 - Thresholds: {100 * c['scores']['healthy_share']:g} % of {c['healthy']['n']} healthy validation scans carry at most {c['scores']['healthy_ml']:g} mL above them; no lesion was seen.{f" In healthy test scans they mark: {marked}." if marked else ""}
@@ -145,12 +152,12 @@ def _card_text(c: dict) -> str:
 # %% ../nbs/53_weights.ipynb #ac558cd4
 def _bundle(c: dict) -> tuple[dict, dict]:
     "metadata.json and inference.json of a MONAI Bundle. Source: MONAI Bundle specification."
-    p = c["provenance"].get("packages", {})
+    p, own = c["provenance"].get("packages", {}), MODELS[c["model"]["name"]].own_score
     shape = dict(type="image", format="magnitude", modality="MR", num_channels=1, spatial_shape=[96, 96, 50], dtype="float32", value_range=[0, 1], is_patch_data=False, channel_def={"0": c["contrast"]})
     meta = dict(schema="https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json", version=c["version"], changelog={c["version"]: "exported by uad_study"}, monai_version=p.get("monai", ""), pytorch_version=p.get("torch", ""),
-                numpy_version=str(np.__version__), required_packages_version=dict(uad_study=c["version"]), name=c["name"], task="unsupervised anomaly detection in brain MRI", description=f"{c['model']['name']} that restores a {c['contrast']} scan to a healthy one; the difference is scored.",
+                numpy_version=str(np.__version__), required_packages_version=dict(uad_study=c["version"]), name=c["name"], task="unsupervised anomaly detection in brain MRI", description=f"{model_label(model_config(c['model']))} " + (f"that makes an anomaly map of a {c['contrast']} scan." if own else f"that restores a {c['contrast']} scan to a healthy one; the difference is scored."),
                 authors="uad_study", copyright="see LICENSE of uad_study", intended_use=RESEARCH_ONLY, data_source=c["data"]["source"], data_type="nifti",
-                network_data_format=dict(inputs=dict(image=shape), outputs=dict(pred=shape | dict(channel_def={"0": "restoration"}))))
+                network_data_format=dict(inputs=dict(image=shape), outputs=dict(pred=shape | dict(channel_def={"0": own or "restoration"}))))
     config = dict(imports=["$import torch", "$import numpy", "$from uad_study.weights import load_weights", "$from uad_study.reconstruct import reconstruct_volume"], bundle_root=".", device="$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
                   weights="$load_weights(@bundle_root, device=@device)", network="$@weights.model", image="volume.npy", restoration="restoration.npy",
                   run=["$numpy.save(@restoration, reconstruct_volume(@network, numpy.load(@image), (0, 'bundle'), @device))"])
@@ -162,7 +169,7 @@ def _trained(run: Path, cohort: Cohort, asked: dict, result: dict, best_step: in
     rows, done, settings = cohort.select("train", asked["fold"], contrast=asked["contrast"], pathology="healthy"), result["results"], asked["train_config"]
     curve = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
     return dict(subjects=cohort.table.subject_id.iloc[rows].nunique(), steps=done["steps"], best_step=best_step, best_val_loss=done["best_val_loss"], seconds=round(done["train_seconds"], 1),
-                batch_size=train_config(model_config(asked["model_config"]).name, settings).batch_size, precision=done["precision"], curve=curve, settings=settings, commit=result["provenance"].get("commit"))
+                batch_size=train_config(model_config(asked["model_config"]).name, settings).batch_size, precision=done["precision"], curve=curve, settings=settings, commit=result["provenance"].get("commit"), **({"encoder": done["encoder"]} if "encoder" in done else {}))
 
 def _once(model) -> dict:
     "The tensors of `model` by name; those that it has under several names (layers that MONAI's nested U-Net shares) once."
@@ -255,7 +262,7 @@ def distance(weights: Weights, image, x_hat, brain_mask) -> dict:
     """How far a prepared scan (H, W, D) is from the healthy validation scans: for `error` (median |x - x_hat| in the eroded brain) and `histogram` (distance to their mean, in intensity) the `value`,
     their `median` and `largest`, and the `verdict` 'in', 'borderline' or 'out'; and the worse `verdict` of both. With fewer than `FEW` healthy scans to compare with, all are 'unknown'."""
     healthy, out = weights.card["healthy"], {}
-    for k, value, known in (("error", _error(image, x_hat, brain_mask, weights.scores.erode), healthy["error"]), ("histogram", _apart(histogram(image, brain_mask), healthy["histogram"]), healthy["apart"])):
+    for k, value, known in (("error", _error(image, x_hat, brain_mask, weights.scores), healthy["error"]), ("histogram", _apart(histogram(image, brain_mask), healthy["histogram"]), healthy["apart"])):
         middle, largest = float(np.median(known)), float(np.max(known))
         ratio = (value - middle) / max(largest - middle, .1 * middle, 1e-6)                   # few scans may lie very near each other
         verdict = "unknown" if healthy["n"] < FEW else "in" if ratio <= 1 else "borderline" if ratio <= 2 else "out"
