@@ -7,23 +7,27 @@ from pathlib import Path
 
 
 def measure(settings: dict, batch: int, device: str, steps: int = 4) -> dict:
-    "Median seconds of training steps of `batch` slices (after one to warm up), and of restoring 50 slices (of a large model on a CPU: 10 times those of 5)."
+    "Median seconds of training steps of `batch` slices (after one to warm up), and of restoring 50 slices, or making their maps (of a large model on a CPU: 10 times those of 5); of steps of what is trained `first`, 0 without."
     import numpy as np, torch
-    from uad_study.models import build_model, model_config, parameter_count
+    from uad_study.models import MODELS, build_model, model_config, output, parameter_count
     from uad_study.train import TrainConfig, autocast
     torch.set_num_threads(1)
-    model, g = build_model(model_config(settings)).to(device).train(), lambda: torch.Generator(device).manual_seed(0)
-    optimizer, x, y = torch.optim.Adam(model.parameters()), torch.rand(batch, 1, 96, 96, device=device), torch.rand(50, 1, 96, 96, device=device)
+    config, g = model_config(settings), lambda: torch.Generator(device).manual_seed(0)
+    model, first = build_model(config).to(device).train(), getattr(MODELS[config.name], "first", lambda c: None)(config)
+    x, y = torch.rand(batch, 1, 96, 96, device=device), torch.rand(50, 1, 96, 96, device=device)
     times = 10 if device == "cpu" and parameter_count(model) > 5e6 else 1
-    def step():
-        with autocast(TrainConfig(), device)[0]: loss = model.loss(x, g())
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    def step_of(model):
+        optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+        def step():
+            with autocast(TrainConfig(), device)[0]: loss = model.loss(x, g())
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        return step
     def seconds(f, n):
         took = []
         for _ in range(n + 1):
             t = clock(device); f(); took.append(clock(device) - t)
         return float(np.median(took[1:]))
-    return dict(parameters=parameter_count(model), step=seconds(step, steps), restore=times * seconds(lambda: [model.eval().reconstruct(s, g()) for s in y[:50 // times].split(50 if device != "cpu" else 10)], 1))
+    return dict(parameters=parameter_count(model), step=seconds(step_of(model), steps), first=seconds(step_of(build_model(config, kind=first).to(device).train()), steps) if first else 0., restore=times * seconds(lambda: [output(model.eval(), s, g()) for s in y[:50 // times].split(50 if device != "cpu" else 10)], 1))
 
 
 def clock(device="cpu") -> float:
@@ -63,7 +67,7 @@ def hours(study, model: dict, judging: dict, label: str) -> dict:
     per_contrast = [sum(PATHOLOGIES[p] == c for p in d["pathologies"]) for c in d["contrasts"]]
     step, restore, t = model["step"] * e.train["batch_size"] / model["batch"], model["restore"], e.train
     looks = (t["steps"] // t["val_every"] + 1) * t["val_slices"] / 50 * restore
-    train = d["folds"] * len(d["contrasts"]) * (t["steps"] * step + looks)
+    train = d["folds"] * len(d["contrasts"]) * (t["steps"] * step + e.model.get("encoder_steps", 0) * model["first"] * t["batch_size"] / model["batch"] + looks * (2 if model["first"] else 1))
     draws, evaluate = (e.scores.get("draws", 10) if judging["drawn"] else 1), 0.
     for k in per_contrast:
         n, few = d["n_val"] + d["n_test"] + k * (d["n_lesion_val"] + d["n_lesion_test"]), k * (r["steps_val"] + r["steps_test"])

@@ -151,8 +151,10 @@ def candidates(cohort, kept) -> dict:
         AGAINST_HEALTHY: healthy(product)}
 
 
+MEAN = "SSIM-ens of the mean of 3 levels"
 OURS, AGAINST_HEALTHY = "l1 times SSIM-ens of the mean of 3 levels", "l1 times SSIM-ens of the mean of 3 levels over that of healthy scans"
 PLAIN = {"l1": "l1, one restoration (plain)", "SSIM-ens": "SSIM-ens, one restoration (plain)"}
+PEERS = PLAIN | {"SSIM-ens of the same mean restoration": MEAN}
 
 
 def dice_of(cohort, kept, chosen: dict, val: int, test: int | None, work):
@@ -175,7 +177,7 @@ def search(cohort, kept, work) -> dict:
 
 def once(cohort, kept, work, n) -> dict:
     everything = candidates(cohort, kept)
-    chosen = {s: everything[s] for s in (*PLAIN.values(), "l1 times SSIM-ens, one restoration", "SSIM-ens of the mean of 3 levels", OURS, AGAINST_HEALTHY)}
+    chosen = {s: everything[s] for s in (*PLAIN.values(), "l1 times SSIM-ens, one restoration", MEAN, OURS, AGAINST_HEALTHY)}
     cases = dice_of(cohort, kept, chosen, 10, n, work)
     table = {s: {f"{c.pathology} {c.patient_id}": [round(c.dice, 5), round(c.auprc, 5), round(c.threshold, 6)] for c in t.itertuples()} for s, t in cases.groupby("score", sort=False)}
     return dict(provenance=provenance(), patients=n, validation=10, healthy=HEALTHY, cases=table)
@@ -200,7 +202,7 @@ def told(p) -> str: return f"{p['time'][:10]}, commit {str(p['commit'])[:12]}{' 
 
 def written(all_: dict) -> str:
     places, parts = list(PATHOLOGIES), ["# A score over several restorations, against the plain ones"]
-    parts.append("Of virtual patients (study `demo-full`), restored by the DDPM that comes with the package; they say nothing about real ones. Every score is unsupervised: of lesions only the threshold is chosen, on validation patients.")
+    parts.append("Of virtual patients (study `demo-full`), restored by the DDPM that comes with the package; they say nothing about real ones. No score learned from lesions; which score to take was chosen by Dice on validation patients, and so are the thresholds.")
     if j := all_.get("judge"): parts += judgement_text(j, places)
     if s := all_.get("search"): parts += search_text(s, places)
     return "\n\n".join(parts) + "\n"
@@ -211,22 +213,22 @@ def verdict(m, lo, hi) -> str: return "the same" if abs(m) < .0005 else "won" if
 
 def summary(said, score, plain) -> str:
     "A line: what a score won and lost against a plain one."
-    mine = {p: (m, lo, hi, v, c) for a, b, p, m, lo, hi, v, c in said if (a, b) == (score, PLAIN[plain])}
+    mine = {p: (m, lo, hi, v, c) for a, b, p, m, lo, hi, v, c in said if (a, b) == (score, PEERS[plain])}
     points = lambda p: f"{100 * mine[p][0]:+.1f} [{100 * mine[p][1]:+.1f}, {100 * mine[p][2]:+.1f}]" + (", not after Holm's correction" if mine[p][3] in ("won", "lost") and mine[p][4] >= .05 else "")
     by = {v: [p for p in PATHOLOGIES if mine[p][3] == v] for v in ("won", "lost", "undecided", "the same")}
-    return f"- **{score}, against {plain} of one restoration: {mine['all'][3]}** over all patients ({points('all')}); by pathology: " + "; ".join(f"{v} on {', '.join(f'{NAMES[p].lower()} ({points(p)})' for p in ps)}" for v, ps in by.items() if ps) + "."
+    return f"- **{score}, against {plain}{' of one restoration' * (plain in PLAIN)}: {mine['all'][3]}** over all patients ({points('all')}); by pathology: " + "; ".join(f"{v} on {', '.join(f'{NAMES[p].lower()} ({points(p)})' for p in ps)}" for v, ps in by.items() if ps) + "."
 
 
 def judgement_text(j, places) -> list[str]:
     dice, names = of_places(j), [NAMES[p] for p in places]
     cell = lambda v: f"{100 * v.mean():.1f} [{100 * bootstrap_interval(v)[0]:.0f}, {100 * bootstrap_interval(v)[1]:.0f}]"
     rows = [[f"**{s}**" if s == OURS else s, *(cell(d[p]) for p in places), f"{100 * np.mean([d[p].mean() for p in places]):.1f}"] for s, d in dice.items()]
-    found = [(a, b, *r) for a in (OURS, AGAINST_HEALTHY) for b in PLAIN.values() for r in differences(dice, a, b)]
+    found = [(a, b, *r) for a in (OURS, AGAINST_HEALTHY) for b in PEERS.values() for r in differences(dice, a, b)]
     corrected = holm([f[-1] for f in found])
     said = [(a, b, p, m, lo, hi, verdict(m, lo, hi), c) for (a, b, p, m, (lo, hi), *_), c in zip(found, corrected)]
     tests = [[a, b, NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", verdict(m, lo, hi)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
-    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients: {OURS} (bold), "
-            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans, which no study does yet.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PLAIN), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
+    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients, as the best that a study can make today (those above it need maps of healthy scans, or know which way lesions differ): {OURS} (bold), "
+            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans, which no study does yet.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PEERS), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
             "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where the interval leaves out 0 (the same: less than 0.05 points apart, as where both are at chance):", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
 
 

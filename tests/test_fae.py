@@ -242,8 +242,18 @@ def test_what_a_study_plans(tmp_path, resnet, caplog, monkeypatch):
     assert found[0].parameters["model_config"]["encoder_sha256"] == read_encoder(resnet)[1] and str(resnet.parent) not in json.dumps([f.parameters for f in found])
 
 
+def test_a_variant_with_another_encoder_says_so(tmp_path, resnet, monkeypatch):
+    "Both ways: a user's file for the study's own encoder, and the study's own for the file, which is left out then."
+    monkeypatch.chdir(resnet.parent)
+    theirs = dict(encoder="imagenet", encoder_width=1., encoder_file=resnet.name)
+    s = study(tmp_path, variants=[dict(of="fae", label="ResNet", model=theirs)])
+    assert s.entries[-1].label == f"{LABEL}, ResNet (ImageNet encoder)" and s.entries[-1].encoder_file
+    s = study(tmp_path, models=[dict(name="fae", channels=[8], **theirs)], scores=dict(names=["intensity", "feature_ssim"]), variants=[dict(label="own", model=dict(encoder="self"))])
+    assert [e.label for e in s.entries] == ["fae (ImageNet encoder)", "fae (ImageNet encoder), own (self-supervised encoder)"] and not s.entries[-1].encoder_file and s.entries[0].encoder_file
+
+
 @pytest.mark.parametrize("changes, words", [
-    (dict(models=[dict(name="fae", encoder="imagnet")]), "did you mean 'imagenet'"), (dict(models=[dict(name="fae", encoder="imagenet")]), "model.encoder_file: is missing, and encoder imagenet needs it"),
+    (dict(models=[dict(name="ddpm", label="no model")]), "the label 'no model' is taken"), (dict(models=[dict(name="fae", encoder="imagnet")]), "did you mean 'imagenet'"), (dict(models=[dict(name="fae", encoder="imagenet")]), "model.encoder_file: is missing, and encoder imagenet needs it"),
     (dict(models=[dict(name="fae", encoder="imagenet", encoder_file="no.pth")]), "no.pth: no such file (model.encoder_file)"), (dict(models=[dict(name="fae", encoder="imagenet", encoder_file="s.yaml")]), "cannot be opened safely"),
     (dict(models=[dict(name="fae", encoder="imagenet", encoder_file=3)]), "encoder_file: must be the path of a file, not 3"), (dict(models=[dict(name="fae", encoder_file="resnet18.pth")]), "model.encoder_file: is for encoder imagenet"),
     (dict(models=[dict(name="fae", encoder_sha256="ab")]), "encoder_sha256: is found from encoder_file"), (dict(models=[dict(name="ddpm", encoder_file="resnet18.pth")]), "unknown setting 'encoder_file'"),

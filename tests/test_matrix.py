@@ -87,6 +87,7 @@ def test_a_point_of_dice_costs(two):
     m = matrix(plain)
     assert set(m[m.model == NO_MODEL].score) == {"intensity", "intensity_dark"} and (m[m.model == NO_MODEL].parameters == 0).all() and (m[m.model == NO_MODEL].restore_seconds == 0).all()
     t = complete(table_cost(plain))
+    assert not any(mark in n for made in (table_matrix(two), table_matrix(with_plain(two)), t) for n in made.notes for mark in "{}")
     assert "upside down" in t.notes[0] and {"the base", "gains nothing"} <= {c.text for r in t.rows for c in r} and "upside down" not in table_cost(two).notes[0]
     timed = copy.copy(plain); timed.seconds = pd.concat([two.seconds, two.seconds.assign(contrast="T1w"), two.seconds[two.seconds.score == "l1"].assign(score="intensity", restorations=0), two.seconds[two.seconds.score == "l1"].assign(score="intensity", restorations=0, contrast="T1w"),
                                                              two.seconds[two.seconds.score == "l1"].assign(score="intensity_dark", restorations=0, contrast="T1w")])
@@ -110,6 +111,18 @@ def test_figures_say_it_and_fit(two):
             if draw is figure_matrix: assert {"l1", "SSIM-ens", "SSIM, sigma by validation", "parameters", "training\n(h)", "restoring\n(s / vol.)", "scoring\n(s / vol.)"} <= words and (NO_MODEL in words) == (study not in (two, several))
             else: assert {"seconds a volume", "parameters", "Dice (%)"} <= words
             plt.close(fig)
+
+
+def test_the_figure_knows_no_more_than_the_table(two):
+    "Costs that are not known for one of two contrasts are not known in the figure, either."
+    import matplotlib.pyplot as plt
+    r = with_plain(two)
+    r.seconds = r.seconds.assign(contrast="T2w", restore_seconds=4321.)
+    unknown = [c.text for row in table_matrix(r).rows if row[0].text == "ddpm" for c in row[-2:]]
+    assert set(unknown) == {"not recorded"}
+    fig = figure_matrix(r)
+    assert not any("4321" in t.get_text() or "4,321" in t.get_text() for t in fig.axes[0].texts)
+    plt.close(fig)
 
 
 def test_the_report_has_it(tmp_path):

@@ -18,7 +18,7 @@ from .metrics import bootstrap_interval
 from .postprocess import components, postprocess
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
 from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
-from .tables import CHANCE, NO_MODEL, cost, matrix, matrix_shown, variant_effects
+from .tables import CHANCE, NO_MODEL, cost, matrix, matrix_shown, over_contrasts, variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
 class _Colors(dict):
@@ -651,11 +651,11 @@ def figure_matrix(results: Results):
     for x, title in zip(s.costs, ("parameters", "training\n(h)", "restoring\n(s / vol.)", "scoring\n(s / vol.)")): write(x, -.3, title, ha="right", va="bottom", color="0.3", ma="right")
     for m, y in s.heads.items():
         write(.06, y, m, weight="bold", fontsize=7.5)
-        for x, column in zip(s.costs, ("parameters", "training_hours")): write(x, y, _short(t[t.model == m][column].mean()), ha="right")
+        for x, column in zip(s.costs, ("parameters", "training_hours")): write(x, y, _short(over_contrasts(t[t.model == m])[column]), ha="right")
     for (m, score), y in s.y.items():
         g = t[(t.model == m) & (t.score == score)]
         write(s.left - .06, y, score_label(score).replace("sigma chosen on", "sigma by"), ha="right")
-        for x, column in zip(s.costs[2:], ("restore_seconds", "score_seconds")): write(x, y, _short(g[column].mean()), ha="right")
+        for x, column in zip(s.costs[2:], ("restore_seconds", "score_seconds")): write(x, y, _short(over_contrasts(g)[column]), ha="right")
         at = {(r.pathology, r.contrast): r for r in g.itertuples()}
         for x, place in zip(s.x, places):
             if (r := at.get(place)) is None or r.dice != r.dice: write(x, y, "–", ha="center", color="0.5"); continue

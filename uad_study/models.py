@@ -367,5 +367,5 @@ def model_label(config: ModelConfig) -> str:
     return f"{config.name} ({says(config)})" if says else config.name
 
 def parameter_count(model: nn.Module) -> int:
-    "The number of trainable parameters."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    "The number of parameters, frozen ones among them."
+    return sum(p.numel() for p in model.parameters())

@@ -229,7 +229,7 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
         e = _entry("", parts, at, own)
         label = _said(_label(m, e.weights or e.model["name"], at), e.model)
         if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
-        if label == "perfect map": raise UadError(f"{at}: the label 'perfect map' is taken: choose another")
+        if label in ("perfect map", "no model"): raise UadError(f"{at}: the label {label!r} is taken: choose another")
         entries[label], given[label] = replace(e, label=label), parts
     if (own := from_dict(ScoreConfig, common["scores"], f"{where}, scores").own) and not any(MODELS[e.model["name"]].own_score == own for e in entries.values()): raise UadError(f"{where}, scores.names: {own} is a map that the model fae makes itself, and none of the models {', '.join(entries)} does: remove it")
     if raw.get("restore") and not any(e.restore for e in entries.values()): raise UadError(f"{where}, restore: none of the models {', '.join(entries)} has anything to set there: remove it")
@@ -266,11 +266,13 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
         if (w := bases[base].weights) and (k := next((k for k in ("model", "train") if own[k]), None)): raise UadError(f"{at}, {k}: {base!r} stands for the weights {w!r}, which are trained already: remove it")
-        e = _entry("", given[base] | {k: given[base][k] | own[k] for k in PARTS}, at, own)
+        parts = given[base] | {k: given[base][k] | own[k] for k in PARTS}
+        if own["model"].get("encoder", "imagenet") != "imagenet" and "encoder_file" not in own["model"]: parts["model"].pop("encoder_file", None)           # the base's file is of another encoder
+        e = _entry("", parts, at, own)
         old = {f"{k}.{n}": x for k in PARTS for n, x in _whole(bases[base], k).items()}
         changed = {f"{k}.{n}": x for k in PARTS for n, x in _whole(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
-        label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
+        label = f"{base}, " + _said(_label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at), e.model if _said("", e.model) != _said("", bases[base].model) else dict(name="ae"))
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
         entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
     return tuple(entries.values())

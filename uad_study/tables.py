@@ -8,7 +8,7 @@ __all__ = ['ARROWS', 'KEYS', 'MAIN', 'PAPER', 'PAPER_CONTRAST', 'AGAINST', 'SIZE
            'Numbers', 'place_label', 'paper_dataset', 'paper_models', 'table_dice', 'p_value', 'table_tests',
            'table_lesions', 'table_sizes', 'table_thresholds', 'table_auprc', 'table_false_positives',
            'table_calibration', 'table_folds', 'table_restorations', 'variant_effects', 'table_variants', 'matrix',
-           'matrix_shown', 'table_matrix', 'cost', 'table_cost', 'undertrained', 'cautions']
+           'matrix_shown', 'over_contrasts', 'table_matrix', 'cost', 'table_cost', 'undertrained', 'cautions']
 
 # %% ../nbs/43_tables.ipynb #12697a31
 import re
@@ -520,11 +520,15 @@ def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFram
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
 
+def over_contrasts(g: pd.DataFrame) -> pd.Series:
+    "Costs of rows of `matrix` of one model and score: means over contrasts, NaN where one is not known."
+    return g.drop_duplicates("contrast")[["parameters", "training_hours", "restore_seconds", "score_seconds"]].mean(skipna=False)
+
 def _cost_cells(g: pd.DataFrame) -> list[Cell]:
     "Parameters, hours of training, seconds to restore and to score: means over contrasts of rows of `matrix`."
     whys = [w for w in dict.fromkeys("; ".join(g.why).split("; ")) if w]
     why = lambda training: next((w for w in whys if ("training" in w) == training), "not recorded")
-    q = g.drop_duplicates("contrast")[["parameters", "training_hours", "restore_seconds", "score_seconds"]].mean(skipna=False)
+    q = over_contrasts(g)
     return [number(q.parameters, ",.0f", why=why(True)), number(q.training_hours, ".3g", why=why(True)), number(q.restore_seconds, ".3g", why=why(False)), number(q.score_seconds, ".3g", why=why(False))]
 
 COSTS = ["parameters", "training (h)", "restoring (s a volume)", "scoring (s a volume)"]
@@ -539,7 +543,7 @@ def table_matrix(results: Results) -> Table:
         cells = [replace(cell, text=cell.text + "†") if (r := at.get(place)) and r.chance_level and r.dice == r.dice else cell for cell, place in zip(cells, places)]
         made.add(m, score_label(s), *cells, *_cost_cells(g), kind="ens" * (s == "ssim_ens"))
     if made.rows: made.notes += [f"Bold (or *): highest of a column on the test set, as printed. †: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere).",
-                                 "Costs: means over contrasts and folds, of one training, and of one volume from reading it to its post-processed map. " + _machines(t) + " Other work on the same machine makes them higher. Single sigmas{' and variants' * (len(results.models) > 1 and len(results.variants) > 0)} are in tables/matrix.csv."]
+                                 "Costs: means over contrasts and folds, of one training, and of one volume from reading it to its post-processed map. " + _machines(t) + f" Other work on the same machine makes them higher. Single sigmas{' and variants' * (len(results.models) > 1 and len(results.variants) > 0)} are in tables/matrix.csv."]
     return made
 
 def _machines(t: pd.DataFrame) -> str:
@@ -555,7 +559,7 @@ def cost(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
     dark = t[(t.model == NO_MODEL) & t.score.str.endswith("_dark").astype(bool)]
     dark = dark.assign(score=dark.score.str.removesuffix("_dark"))
     t = pd.concat([dark, t]).drop_duplicates(["model", "score", "contrast", "pathology"])                              # on T1w lesions are dark, and intensity is thresholded upside down
-    chosen = {m: {*results.main_scores(m)[-1:], "ssim_mahalanobis"} for m in results.models} | {m: {"ssim_ens"} for m in results.variants if len(results.models) < 2} | {NO_MODEL: {s for s in PLAIN if not s.endswith("_dark")}}
+    chosen = {m: {*results.main_scores(m)[-1:], "ssim_mahalanobis"} for m in results.models} | {m: {*results.main_scores(v["base"])[-1:]} for m, v in results.variants.items() if len(results.models) < 2} | {NO_MODEL: {s for s in PLAIN if not s.endswith("_dark")}}
     rows = [dict(model=m, score=s, dice=100 * g.dice.mean() if len(g) == places and g.dice.notna().all() else np.nan, **g.drop_duplicates("contrast")[["parameters", "training_hours", "seconds"]].mean(skipna=False), why="; ".join(w for w in dict.fromkeys(g.why) if w))
             for (m, s), g in t.groupby(["model", "score"], sort=False) if s in chosen.get(m, ())]
     t = pd.DataFrame(rows, columns=["model", "score", "dice", "parameters", "training_hours", "seconds", "why"])

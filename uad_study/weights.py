@@ -16,7 +16,7 @@ from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_se
 from .cohort import Cohort
 from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
 from .models import MODELS, RestoreConfig, model_config, model_label, parameter_count, restore_config
-from .postprocess import erode_mask
+from .postprocess import components, erode_mask, postprocess
 from .prepare import PrepareConfig
 from .reconstruct import further_draws, reconstruct_volume
 from .results import Results
@@ -24,6 +24,7 @@ from .scores import OWN
 from .runs import RESULT, RUN, STAGES, provenance
 from .shipped import CARD, FORMAT, TENSORS, packaged_folder, packaged_weights, read_card, read_model
 from .train import load_model, train_config
+from .volume import VOXEL_ML
 
 # %% ../nbs/53_weights.ipynb #fbd1ce6b
 BINS = 32
@@ -97,13 +98,6 @@ def _measured(evaluation: Path | None) -> list[dict]:
     keep = ["pathology", "score", "dice", "dice_lo", "dice_hi", "healthy_dice", "auprc", "chance", "n_val", "n_test", "threshold_from"]
     return [{k: (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v) for k, v in row.items()} for row in table[keep].to_dict("records")]
 
-def _healthy_test(evaluation: Path | None) -> dict:
-    "What the healthy threshold marks, all of it false, in healthy test scans that set nothing: {score: {n, mean_ml, most_ml, share: of scans with at most `scores.healthy_ml`}}; {} without an evaluation."
-    if evaluation is None: return {}
-    r = Results("", "", None, [evaluation])
-    c, limit = r.cases[(r.cases.pathology == "healthy") & (r.cases.threshold_from == "healthy")], ScoreConfig(**r.evaluations[0]["parameters"].get("score_config") or {}).healthy_ml
-    return {s: dict(n=len(g), mean_ml=round(float(g.false_ml.mean()), 3), most_ml=round(float(g.false_ml.max()), 3), share=round(float((g.false_ml <= limit).mean()), 3)) for s, g in c.groupby("score") if len(g)}
-
 def _rounded(model):
     "`model` with its weights as half precision holds them. Raises `UadError` for those that it cannot hold."
     for name, p in model.state_dict().items():
@@ -113,14 +107,19 @@ def _rounded(model):
             p.copy_(half)
     return model
 
+def _maps(model, cohort: Cohort, row: int, names, scores: ScoreConfig) -> tuple[np.ndarray, dict]:
+    "What a model makes of a healthy row (a restoration, or its own map), and the scores' maps of it."
+    x, seed, device = np.asarray(cohort.images[row]), (0, "healthy", str(cohort.table.subject_id.iloc[row])), next(model.parameters()).device
+    x_hat, draws = reconstruct_volume(model, x, seed, device), further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None
+    return x_hat, maps_of_reconstruction(cohort, row, x_hat, names, scores, draws)
+
 def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None) -> tuple[dict, dict]:
     "Thresholds by score, and the reference of `distance`, of healthy validation rows."
     kept, error, histograms, names = KeptMaps(cohort, folder, scores), [], [], scores.names_for(cohort.table.contrast.iloc[rows[0]])
     for i, r in enumerate(rows):
         x, mask = np.asarray(cohort.images[r]), np.asarray(cohort.brain_masks[r])
-        seed, device = (0, "healthy", str(cohort.table.subject_id.iloc[r])), next(model.parameters()).device
-        x_hat, draws = reconstruct_volume(model, x, seed, device), further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None
-        kept.keep(r, maps_of_reconstruction(cohort, r, x_hat, names, scores, draws).values())
+        x_hat, maps = _maps(model, cohort, r, names, scores)
+        kept.keep(r, maps.values())
         error.append(_error(x, x_hat, mask, scores)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
     thresholds = {name: float(_Judged(kept, k, name).healthy(list(rows))["healthy"]) for k, name in enumerate(names)}
@@ -128,6 +127,16 @@ def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tic
     mean, n = np.mean(histograms, 0), len(rows)
     others = [(n * mean - h) / (n - 1) if n > 1 else mean for h in histograms]                     # each is compared with the rest, as a new scan will be with all
     return thresholds, dict(n=n, error=[round(e, 5) for e in error], histogram=[round(float(h), 6) for h in mean], apart=[round(_apart(h, o), 5) for h, o in zip(histograms, others)])
+
+def _healthy_test(model, cohort: Cohort, rows, scores: ScoreConfig, thresholds: dict, tick=None) -> dict:
+    "What the thresholds mark, all of it false, in healthy rows that set nothing: {score: {n, mean_ml, most_ml, share: of scans with at most `scores.healthy_ml`}}; {} without rows."
+    names, marked = list(thresholds), []
+    for i, r in enumerate(rows):
+        maps = np.stack(list(_maps(model, cohort, r, names, scores)[1].values()))
+        maps = postprocess(maps, np.asarray(cohort.brain_masks[r]), scores.erode, scores.median, median_first=scores.median_first)
+        marked.append([VOXEL_ML * float(components(m > thresholds[n], scores.min_voxels).sum()) for n, m in zip(names, maps)])
+        if tick: tick(i + 1, len(rows), f"healthy test scan {i + 1}")
+    return {n: dict(n=len(ml), mean_ml=round(float(ml.mean()), 3), most_ml=round(float(ml.max()), 3), share=round(float((ml <= scores.healthy_ml).mean()), 3)) for n, ml in zip(names, np.array(marked).T)} if marked else {}
 
 # %% ../nbs/53_weights.ipynb #a2a48e4c
 NOT_FOR = "Diagnosis, treatment or triage of anybody; scans of children; other contrasts than its own; brains after surgery; any claim about patients from figures of a virtual cohort."
@@ -207,9 +216,10 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict
     with atomic_dir(folder) as tmp:
         for d in ("models", "configs", "docs"): (tmp/d).mkdir()
         thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", tick)
+        marked = _healthy_test(model, cohort, [int(r) for r in cohort.select("test", asked["fold"], contrast=asked["contrast"], pathology="healthy")], scores, thresholds, tick)
         (tmp/"models"/TENSORS).write_bytes(save({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in _once(model).items()}))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation), healthy_test=_healthy_test(evaluation),
+                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation), healthy_test=marked,
                     tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
         write_json(tmp/"models"/CARD, card, FORMAT)
         for file, content in zip(("metadata.json", "inference.json"), _bundle(card)): (tmp/"configs"/file).write_text(json.dumps(content, indent=1) + "\n")
@@ -247,8 +257,8 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
         scores, prepare = from_dict(ScoreConfig, card["scores"], f"{folder/CARD}: scores"), from_dict(PrepareConfig, card["prepare"], f"{folder/CARD}: prepare")
         restore = from_dict(RestoreConfig, card["restore"], f"{folder/CARD}: restore") if card["restore"] else None
         thresholds, found = {str(k): float(v) for k, v in card["thresholds"].items()}, str(card["contrast"])
-        name, healthy, _ = str(card["name"]), card["healthy"], int(card["healthy"]["n"])
-        if not all(0 <= t < np.inf for t in thresholds.values()) or set(thresholds) != set(scores.names_for(found)) or len(healthy["histogram"]) != BINS or not healthy["error"] or not healthy["apart"] or not np.isfinite([*healthy["histogram"], *healthy["error"], *healthy["apart"]]).all(): raise ValueError
+        name, healthy = str(card["name"]), card["healthy"]
+        if not all(0 <= t < np.inf for t in thresholds.values()) or set(thresholds) != set(scores.names_for(found)) or type(healthy["n"]) is not int or healthy["n"] < 1 or len(healthy["histogram"]) != BINS or not healthy["error"] or not healthy["apart"] or not np.isfinite([*healthy["histogram"], *healthy["error"], *healthy["apart"]]).all(): raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError): raise UadError(f"{folder/CARD}: is incomplete or damaged: export the weights again") from None
     if " sha256:" in prepare.atlas: raise UadError(f"weights: {name} are of scans on the atlas {prepare.atlas.split()[0]}, which is not part of them: `uad score` knows MNI152 only")
     if contrast and contrast != found: raise UadError(f"weights: {name} are of {found} scans, not {contrast}: choose others, or another --contrast")
