@@ -199,6 +199,7 @@ def test_the_page_in_a_browser(plain):
             page.on("console", lambda m: bad.append(m.text)); page.on("request", lambda r: bad.append(r.url) if r.url != file.as_uri() and not r.url.startswith("data:") else None)
             page.goto(file.as_uri())
             assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 50).length") == 12 and page.evaluate("document.documentElement.scrollWidth") <= width and not bad, bad
+            assert page.evaluate("[...document.images].every(i => Math.abs(i.clientWidth / i.clientHeight / (i.naturalWidth / i.naturalHeight) - 1) < .02)")      # nobody's head is stretched
             for words in (RESEARCH_ONLY, "dimmer", "Is the scan like those of the training?"): assert page.get_by_text(words).first.is_visible()
             assert page.get_by_text(RESEARCH_ONLY).first.bounding_box()["y"] < 300
             colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
