@@ -42,7 +42,7 @@ def os_error(path, error: OSError) -> UadError:
     return UadError(f"{Path(path).absolute()}: cannot be written: {_OS_ERRORS.get(error.errno, error.strerror or error)}")
 
 @contextmanager
-def _renamed(path, make_parent=True):
+def _renamed(path):
     "Yield a temporary name beside `path`; rename it to `path` at the end, remove it on any error."
     path = Path(path)
     if path.name in ("", ".."): raise UadError(f"{path}: is written as a whole, so it needs a name of its own: give a new one, such as {path/'new'}")

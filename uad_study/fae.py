@@ -108,10 +108,8 @@ class DenoisingPretext(nn.Module):
         return sum(((y - x).square() * inside).mean() for y in self.told(x + noise * inside)) / len(self.heads)
 
 # %% ../nbs/37_fae.ipynb #3d342f9b
-class FAE(nn.Module):
-    "Feature autoencoder (Meissen et al. 2022). Slices x are (B, 1, H, W) in [0, 1]; it makes anomaly maps (`anomaly`), not restorations."
-    Config, learning, restores, own_score = FAEConfig, dict(lr=2e-4, steps=10000, batch_size=64), False, "feature_ssim"
-
+class _FeatureAutoencoder(nn.Module):
+    "The networks of `FAE`: the frozen encoder, the autoencoder of its features, and how features are compared."
     def __init__(self, config: FAEConfig):
         super().__init__()
         from monai.networks.blocks import Convolution
@@ -124,22 +122,6 @@ class FAE(nn.Module):
         self.middle = nn.Conv2d(c[-1], c[-1], k, padding=k // 2, bias=False)
         self.up = nn.ModuleList(Convolution(in_channels=a, out_channels=b, is_transposed=True, **half) for a, b in zip(c[::-1], (*c[-2::-1], n)))
         self.last = nn.Conv2d(n, n, 1, bias=False)
-
-    @staticmethod
-    def says(config: FAEConfig) -> str: return SOURCES[config.encoder]
-
-    @staticmethod
-    def first(config: FAEConfig):
-        "The class of what is trained before this model, for `encoder_steps` steps; None where a file takes its place."
-        return DenoisingPretext if config.encoder == "self" else None
-
-    def begin(self, trained: dict | None = None, file=""):
-        "Take the encoder from the state of a `trained` pretext, or from the user's `file`. Raises `UadError` where that is missing, odd, or not the file of `encoder_sha256`."
-        if trained is not None: state = {k.removeprefix("encoder."): v for k, v in trained.items() if k.startswith("encoder.")}
-        else:
-            state, sha = read_encoder(file)
-            if self.config.encoder_sha256 not in ("", sha): raise UadError(f"{file}: is not the file that was planned with (model.encoder_file; SHA-256 {sha[:12]}..., not {self.config.encoder_sha256[:12]}...): run the study again")
-        self.encoder.load_state_dict(state)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -170,6 +152,27 @@ class FAE(nn.Module):
         if min(f.shape[-2:]) <= r: raise UadError(f"model.window: feature maps of {tuple(f.shape[-2:])} pixels are too small for {c.window}: lower it")
         with torch.autocast(f.device.type, enabled=False):
             return 1 - compute_ssim_and_cs(*(pad(v.float(), (r,) * 4, "reflect") for v in (f_hat, f)), 2, (c.window,) * 2, (c.window_sigma,) * 2, c.data_range)[0]
+
+# %% ../nbs/37_fae.ipynb #3d342fa1
+class FAE(_FeatureAutoencoder):
+    "Feature autoencoder (Meissen et al. 2022). Slices x are (B, 1, H, W) in [0, 1]; it makes anomaly maps (`anomaly`), not restorations."
+    Config, learning, restores, own_score = FAEConfig, dict(lr=2e-4, steps=10000, batch_size=64), False, "feature_ssim"
+
+    @staticmethod
+    def says(config: FAEConfig) -> str: return SOURCES[config.encoder]
+
+    @staticmethod
+    def first(config: FAEConfig):
+        "The class of what is trained before this model, for `encoder_steps` steps; None where a file takes its place."
+        return DenoisingPretext if config.encoder == "self" else None
+
+    def begin(self, trained: dict | None = None, file=""):
+        "Take the encoder from the state of a `trained` pretext, or from the user's `file`. Raises `UadError` where that is missing, odd, or not the file of `encoder_sha256`."
+        if trained is not None: state = {k.removeprefix("encoder."): v for k, v in trained.items() if k.startswith("encoder.")}
+        else:
+            state, sha = read_encoder(file)
+            if self.config.encoder_sha256 not in ("", sha): raise UadError(f"{file}: is not the file that was planned with (model.encoder_file; SHA-256 {sha[:12]}..., not {self.config.encoder_sha256[:12]}...): run the study again")
+        self.encoder.load_state_dict(state)
 
     def loss(self, x, generator, part=(0, 1)):
         "The mean of `dissimilarity` between the slices' features and what the bottleneck tells of them; with dropout in training mode."

@@ -18,47 +18,9 @@ from .scores import DRAWN, OWN, PLAIN, SIGMAS, check_score, kernel_size, score_m
 from .streaming import Pooled
 from .volume import GRID_SHAPE, VOXEL_ML
 
-# %% ../nbs/39_judge.ipynb #aecb7398
-@dataclass(frozen=True)
-class ScoreConfig:
-    "How reconstructions are scored, post-processed and judged. Defaults: the paper's scores and the released code's order of erosion and median, with the baselines that belong beside them."
-    names: tuple[str, ...] = ("intensity", "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_uniform", "ssim_ens")
-    erode: int = 3                   # iterations of the in-plane erosion of the brain mask (released code, at 96x96)
-    median: int = 5                  # edge of the median filter in voxels (paper)
-    min_voxels: int = 8              # smaller components are removed from the prediction (released code: 7 or fewer)
-    healthy_share: float = 0.95      # lesion-free threshold: this share of healthy validation scans ...
-    healthy_ml: float = 1.0          # ... carries at most this volume, mL
-    kernel_dims: int = 3             # SSIM's window: 3 in the volume (released code; the paper does not say), 2 in each axial slice
-    masked: bool = False             # True: SSIM's moments are of voxels in the brain mask alone; False: of all, and the mask is applied afterwards (released code)
-    median_first: bool = False       # True: median, then erosion (the order of the paper's text); False: erosion, then median (released code)
-    components_in_search: bool = False   # True: thresholds are the best after removal of small components; False: before (released code; the paper does not say)
-    search_both: tuple[str, ...] = ("l1", "ssim_ens")   # scores whose own validation threshold is also searched for the other way round
-    healthy_rates: tuple[float, ...] = (0.01, 0.05, 0.1)   # thresholds that these shares of healthy validation voxels, inside the eroded brain mask, exceed
-    sigmas: tuple[float, ...] = SIGMAS   # scales of the ensembles ssim_ens, ssim_uniform and l1_ssim, voxels (paper)
-    temperature: float = 1.0         # weights of ssim_ens: softmax(-SSIM / temperature) (paper: 1); high: nearly uniform, low: the least similar scale alone
-    draws: int = field(default=10, metadata=LATER)               # restorations from different noise that mahalanobis and ssim_mahalanobis compare a scan with, the one that the other scores are of among them (Behrendt et al., MICCAI 2024)
-    mahalanobis_reg: float = field(default=0.01, metadata=LATER)   # added to the diagonal of their covariance, squared intensity (MICCAI 2024)
-
-    def __post_init__(self):
-        if self.kernel_dims not in (2, 3): raise UadError(f"scores.kernel_dims is {self.kernel_dims}: give 3 for SSIM in the volume, or 2 for SSIM in axial slices")
-        if not self.names or len(set(self.names)) < len(self.names): raise UadError(f"scores.names: {', '.join(self.names) or 'empty'}: name at least one score, and each once")
-        for n in self.names:
-            if (sigma := sigma_of(check_score(n))) and kernel_size(sigma) // 2 >= min(GRID_SHAPE[:self.kernel_dims]):
-                raise UadError(f"scores.names: {n} needs a window of {kernel_size(sigma)} voxels, too wide for volumes of {GRID_SHAPE}: use a smaller sigma")
-        if not self.sigmas or len(set(self.sigmas)) < len(self.sigmas): raise UadError(f"scores.sigmas: {', '.join(map(str, self.sigmas)) or 'empty'}: name at least one scale, and each once")
-        for s in self.sigmas:
-            if kernel_size(s) // 2 >= min(GRID_SHAPE[:self.kernel_dims]): raise UadError(f"scores.sigmas: {s:g} needs a window of {kernel_size(s)} voxels, too wide for volumes of {GRID_SHAPE}: use smaller ones")
-        if not self.temperature >= .01: raise UadError(f"scores.temperature: must be 0.01 or more, not {self.temperature}")
-        if self.draws < 2: raise UadError(f"scores.draws: a covariance needs 2 or more, not {self.draws}")
-        if not self.mahalanobis_reg >= 1e-6: raise UadError(f"scores.mahalanobis_reg: must be 0.000001 or more, not {self.mahalanobis_reg}")
-        for q in self.healthy_rates:
-            if not 0 < q < 1: raise UadError(f"scores.healthy_rates: must lie between 0 and 1, not {q}")
-        for n in ("erode", "min_voxels", "healthy_ml"):
-            if getattr(self, n) < 0: raise UadError(f"scores.{n}: must be 0 or more, not {getattr(self, n)}")
-        if not 1 <= self.median < 2 * min(GRID_SHAPE) or self.median % 2 == 0: raise UadError(f"scores.median: must be odd, 1 for none, and below {2 * min(GRID_SHAPE)}, not {self.median}")
-        if self.erode > max(GRID_SHAPE) // 2: raise UadError(f"scores.erode: leaves nothing of a slice above {max(GRID_SHAPE) // 2}, not {self.erode}")
-        if not 0 < self.healthy_share <= 1: raise UadError(f"scores.healthy_share: must lie above 0 and up to 1, not {self.healthy_share}")
-
+# %% ../nbs/39_judge.ipynb #aecb7399
+class _Names:
+    "Which of the scores of a `ScoreConfig` a contrast or a model has."
     def names_for(self, contrast: str) -> tuple[str, ...]:
         "The scores of a contrast: on T1w, where lesions are dark, plain intensity (equalised or not) is also tried upside down."
         return tuple(dict.fromkeys(self.names + tuple(f"{n}_dark" for n in ("intensity", "intensity_eq") if contrast == "T1w" and n in self.names)))
@@ -87,6 +49,51 @@ class ScoreConfig:
         "The same for a model that makes the maps `own` itself: this score and the plain ones; settings of scores that look at a restoration are at their defaults."
         unused = {k: getattr(ScoreConfig, k) for k in ("kernel_dims", "masked", "sigmas", "temperature", "draws", "mahalanobis_reg")}
         return replace(self, names=(*(n for n in self.names if n in PLAIN), own), search_both=(own,) if self.search_both else (), **unused)
+
+# %% ../nbs/39_judge.ipynb #aecb739a
+def _check(c):
+    "Raise a `UadError` for settings of a `ScoreConfig` that make no sense, or more work than a grid has voxels."
+    if c.kernel_dims not in (2, 3): raise UadError(f"scores.kernel_dims is {c.kernel_dims}: give 3 for SSIM in the volume, or 2 for SSIM in axial slices")
+    if not c.names or len(set(c.names)) < len(c.names): raise UadError(f"scores.names: {', '.join(c.names) or 'empty'}: name at least one score, and each once")
+    for n in c.names:
+        if (sigma := sigma_of(check_score(n))) and kernel_size(sigma) // 2 >= min(GRID_SHAPE[:c.kernel_dims]):
+            raise UadError(f"scores.names: {n} needs a window of {kernel_size(sigma)} voxels, too wide for volumes of {GRID_SHAPE}: use a smaller sigma")
+    if not c.sigmas or len(set(c.sigmas)) < len(c.sigmas): raise UadError(f"scores.sigmas: {', '.join(map(str, c.sigmas)) or 'empty'}: name at least one scale, and each once")
+    for s in c.sigmas:
+        if kernel_size(s) // 2 >= min(GRID_SHAPE[:c.kernel_dims]): raise UadError(f"scores.sigmas: {s:g} needs a window of {kernel_size(s)} voxels, too wide for volumes of {GRID_SHAPE}: use smaller ones")
+    if not c.temperature >= .01: raise UadError(f"scores.temperature: must be 0.01 or more, not {c.temperature}")
+    if c.draws < 2: raise UadError(f"scores.draws: a covariance needs 2 or more, not {c.draws}")
+    if not c.mahalanobis_reg >= 1e-6: raise UadError(f"scores.mahalanobis_reg: must be 0.000001 or more, not {c.mahalanobis_reg}")
+    for q in c.healthy_rates:
+        if not 0 < q < 1: raise UadError(f"scores.healthy_rates: must lie between 0 and 1, not {q}")
+    for n in ("erode", "min_voxels", "healthy_ml"):
+        if getattr(c, n) < 0: raise UadError(f"scores.{n}: must be 0 or more, not {getattr(c, n)}")
+    if not 1 <= c.median < 2 * min(GRID_SHAPE) or c.median % 2 == 0: raise UadError(f"scores.median: must be odd, 1 for none, and below {2 * min(GRID_SHAPE)}, not {c.median}")
+    if c.erode > max(GRID_SHAPE) // 2: raise UadError(f"scores.erode: leaves nothing of a slice above {max(GRID_SHAPE) // 2}, not {c.erode}")
+    if not 0 < c.healthy_share <= 1: raise UadError(f"scores.healthy_share: must lie above 0 and up to 1, not {c.healthy_share}")
+
+# %% ../nbs/39_judge.ipynb #aecb7398
+@dataclass(frozen=True)
+class ScoreConfig(_Names):
+    "How reconstructions are scored, post-processed and judged. Defaults: the paper's scores and the released code's order of erosion and median, with the baselines that belong beside them."
+    names: tuple[str, ...] = ("intensity", "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_uniform", "ssim_ens")
+    erode: int = 3                   # iterations of the in-plane erosion of the brain mask (released code, at 96x96)
+    median: int = 5                  # edge of the median filter in voxels (paper)
+    min_voxels: int = 8              # smaller components are removed from the prediction (released code: 7 or fewer)
+    healthy_share: float = 0.95      # lesion-free threshold: this share of healthy validation scans ...
+    healthy_ml: float = 1.0          # ... carries at most this volume, mL
+    kernel_dims: int = 3             # SSIM's window: 3 in the volume (released code; the paper does not say), 2 in each axial slice
+    masked: bool = False             # True: SSIM's moments are of voxels in the brain mask alone; False: of all, and the mask is applied afterwards (released code)
+    median_first: bool = False       # True: median, then erosion (the order of the paper's text); False: erosion, then median (released code)
+    components_in_search: bool = False   # True: thresholds are the best after removal of small components; False: before (released code; the paper does not say)
+    search_both: tuple[str, ...] = ("l1", "ssim_ens")   # scores whose own validation threshold is also searched for the other way round
+    healthy_rates: tuple[float, ...] = (0.01, 0.05, 0.1)   # thresholds that these shares of healthy validation voxels, inside the eroded brain mask, exceed
+    sigmas: tuple[float, ...] = SIGMAS   # scales of the ensembles ssim_ens, ssim_uniform and l1_ssim, voxels (paper)
+    temperature: float = 1.0         # weights of ssim_ens: softmax(-SSIM / temperature) (paper: 1); high: nearly uniform, low: the least similar scale alone
+    draws: int = field(default=10, metadata=LATER)               # restorations from different noise that mahalanobis and ssim_mahalanobis compare a scan with, the one that the other scores are of among them (Behrendt et al., MICCAI 2024)
+    mahalanobis_reg: float = field(default=0.01, metadata=LATER)   # added to the diagonal of their covariance, squared intensity (MICCAI 2024)
+
+    def __post_init__(self): _check(self)
 
 # %% ../nbs/39_judge.ipynb #1b7040f1
 def maps_of_volume(image, x_hat, brain_mask, names, config: ScoreConfig, draws=None) -> dict:

@@ -361,10 +361,10 @@ def output(model: nn.Module, x, generator) -> torch.Tensor:
     "What a model makes of the slices `x`, same shape: restorations, or the anomaly maps of a model with an `own_score`."
     return model.anomaly(x) if getattr(model, "own_score", "") else model.reconstruct(x, generator)
 
-def model_label(config: ModelConfig) -> str:
-    "What tables call a model unless a study says otherwise: its name, and what no table may leave unsaid of it (the class's `says`), such as 'fae (self-supervised encoder)'."
-    says = getattr(MODELS[config.name], "says", None)
-    return f"{config.name} ({says(config)})" if says else config.name
+def model_label(config: ModelConfig, label: str = "") -> str:
+    "What tables call a model: `label` or else its name, and what no table may leave unsaid of it (the class's `says`), such as 'fae (self-supervised encoder)'."
+    label, says = label or config.name, getattr(MODELS[config.name], "says", None)
+    return label if not says or (said := says(config)) in label else f"{label} ({said})"
 
 def parameter_count(model: nn.Module) -> int:
     "The number of parameters, frozen ones among them."

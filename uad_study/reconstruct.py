@@ -11,9 +11,8 @@ import numpy as np, torch
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from .core import UadError, digest
+from .core import UadError, digest, file_sha256
 from .cohort import Cohort, open_reconstructions, patients, write_reconstructions
-from .core import file_sha256
 from .models import RestoreConfig, output
 from .scores import DRAWN
 from .train import generator_for, load_model, memory

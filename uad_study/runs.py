@@ -150,6 +150,7 @@ def _label(raw: dict, default: str, where: str) -> str:
     if not isinstance(label, str) or not label.strip(): raise UadError(f"{where}, label: must be text, not {label!r}: put it in quotes")
     return label.strip()
 
+# %% ../nbs/41_runs.ipynb #0780546d
 def _entry(label: str, parts: dict, where: str, own: dict) -> Entry:
     "A checked `Entry` of raw settings. `own`: those that the entry itself has; only some models can heed how to restore, and each kind has scores that it cannot be judged by."
     from uad_study.cohort import DataConfig
@@ -180,6 +181,7 @@ def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
     try: return settings | dict(encoder_sha256=read_encoder(file and Path(file).expanduser())[1]), str(Path(file).expanduser().absolute())
     except UadError as e: raise UadError(f"{where}: {e}") from None
 
+# %% ../nbs/41_runs.ipynb #b782386e
 def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
     "A checked `ScoreConfig` of raw settings, without the scores that a model cannot be judged by; raises a `UadError` where its `own` settings name one of these, or nothing is left."
     from uad_study.judge import ScoreConfig
@@ -227,7 +229,7 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
         parts = dict(model={k: v for k, v in m.items() if k not in (*own, "label", "weights")}, data=common["data"]) | {k: common[k] | v for k, v in own.items()}
         if "weights" in m: parts |= _shipped(m["weights"], parts, own, at)
         e = _entry("", parts, at, own)
-        label = _said(_label(m, e.weights or e.model["name"], at), e.model)
+        label = _said(e.model, _label(m, e.weights or e.model["name"], at))
         if label in entries: raise UadError(f"{where}, models: {label!r} appears twice: give one of them a label")
         if label in ("perfect map", "no model"): raise UadError(f"{at}: the label {label!r} is taken: choose another")
         entries[label], given[label] = replace(e, label=label), parts
@@ -236,11 +238,10 @@ def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:
     if (drawn := from_dict(ScoreConfig, common["scores"], f"{where}, scores").drawn) and not any(e.restore for e in entries.values()): raise UadError(f"{where}, scores.names: {drawn[0]} compares a scan with several restorations, and none of the models {', '.join(entries)} makes different ones: remove it")
     return entries, given
 
-def _said(label: str, model: dict) -> str:
-    "A label with what no table may leave unsaid of a model, such as the encoder that the features of `fae` are from."
-    from uad_study.models import MODELS, model_config
-    says = getattr(MODELS[model["name"]], "says", None)
-    return label if not says or (said := says(model_config(model))) in label else f"{label} ({said})"
+def _said(model: dict, label: str = "") -> str:
+    "`models.model_label` of a model's plain settings."
+    from uad_study.models import model_config, model_label
+    return model_label(model_config(model), label)
 
 def _shipped(name, parts: dict, own: dict, at: str) -> dict:
     "What packaged weights set of a model's raw settings: its architecture is theirs, and nothing is trained."
@@ -261,7 +262,7 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         for k in v:
             if k not in ("label", "of", *PARTS): raise UadError(f"{at}: unknown setting {k!r}: {nearest(k, ('label', 'of', *PARTS))}")
         of = v.get("of", next(iter(bases)))
-        base = choice(next((b for b, e in bases.items() if of != b and _said(str(of), e.model) == b), of), bases, f"{at}.of")                             # 'fae' is enough for 'fae (self-supervised encoder)'
+        base = choice(next((b for b, e in bases.items() if of != b and _said(e.model, str(of)) == b), of), bases, f"{at}.of")                             # 'fae' is enough for 'fae (self-supervised encoder)'
         own = {k: _mapping(v, k, at) for k in PARTS}
         for k in ("source", "contrasts", "folds", "seed", *(("alphas",) if bases[base].data["source"] != "real_t1" else ())):
             if k in own["data"]: raise UadError(f"{at}, data.{k}: a variant has the {k} of the study: make another study")
@@ -272,7 +273,8 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         old = {f"{k}.{n}": x for k in PARTS for n, x in _whole(bases[base], k).items()}
         changed = {f"{k}.{n}": x for k in PARTS for n, x in _whole(e, k).items() if old.get(f"{k}.{n}") != x and n not in ("checkpoint_minutes", "snapshots")}
         if not changed: raise UadError(f"{at}: changes nothing of {base!r}: remove it, or set something else")
-        label = f"{base}, " + _said(_label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at), e.model if _said("", e.model) != _said("", bases[base].model) else dict(name="ae"))
+        label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
+        if _said(e.model) != _said(bases[base].model): label = _said(e.model, label)
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
         entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
     return tuple(entries.values())
@@ -301,6 +303,7 @@ def slug(text: str) -> str:
     "`text` as a part of a file name."
     return "-".join(re.findall(r"[\w.]+", text))
 
+# %% ../nbs/41_runs.ipynb #4dfe6230
 def plan(study: Study, data_dir=None) -> list[Run]:
     "The runs of a study, in an order in which each finds what it needs. Entries that agree in data and training share these runs."
     def run(stage, name, place, parameters, needs, *more):

@@ -20,10 +20,11 @@ from .dataset import bids_label, settings_of, space_of
 from .judge import maps_of_volume
 from .postprocess import components, erode_mask, labelled, postprocess
 from .prepare import Prepared, _resample, config_atlas, fine_affine, largest_component, prepare_scan, sample, save_transform, to_native
+from .shipped import CARD
 from .reconstruct import further_draws, reconstruct_volume
 from .volume import GRID_SHAPE, VOXEL_ML, Volume, load_mask, load_volume, save_volume
 from .results import score_label
-from .weights import CARD, FEW, RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
+from .weights import FEW, RESEARCH_ONLY, Weights, distance, load_weights, packaged_weights
 
 # %% ../nbs/54_scan.ipynb #240e599b
 def scan_state(scan: Volume) -> str:

@@ -98,6 +98,7 @@ def _measured(evaluation: Path | None) -> list[dict]:
     keep = ["pathology", "score", "dice", "dice_lo", "dice_hi", "healthy_dice", "auprc", "chance", "n_val", "n_test", "threshold_from"]
     return [{k: (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v) for k, v in row.items()} for row in table[keep].to_dict("records")]
 
+# %% ../nbs/53_weights.ipynb #45786162
 def _rounded(model):
     "`model` with its weights as half precision holds them. Raises `UadError` for those that it cannot hold."
     for name, p in model.state_dict().items():
