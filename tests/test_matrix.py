@@ -141,7 +141,7 @@ def test_a_run_records_its_seconds(tiny_out):
     t = pd.read_csv(next(tiny_out.glob("evaluate-*"))/"seconds.csv")
     assert t.score.tolist() == ["intensity", "l1", "ssim_0.3", "ssim_0.9", "ssim_1.7", "ssim_uniform", "ssim_ens"] and t.restorations.tolist() == [0] + [1] * 6
     kept = json.loads(next(tiny_out.glob("train-*/reconstructions-*/reconstructions.json")).read_text())
-    assert (t.restore_seconds > 0).all() and (t.score_seconds > 0).all() and set(t.device) == {"cpu"} and set(t.threads) == {1} == {kept["threads"]}
+    assert (t.restore_seconds > 0).all() and (t.score_seconds > 0).all() and set(t.device) == {"cpu"} and set(t.threads) == {kept["threads"]} and kept["threads"] >= 1
     assert not (tiny_out/"tables"/"matrix.csv").exists() and "the matrix" not in (tiny_out/"report.html").read_text().lower()
 
 
