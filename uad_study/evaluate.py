@@ -15,10 +15,10 @@ from pathlib import Path
 from .core import UadError, atomic_file, file_sha256
 from .cohort import Cohort, open_reconstructions
 from .dataset import bids_label
-from .judge import ScoreConfig, judge, maps_of_reconstruction, maps_of_truth, perfect_names, post_processed, sweep
+from .judge import HealthyMaps, ScoreConfig, judge, maps_of_reconstruction, maps_of_truth, perfect_names, post_processed, sweep
 from .models import RestoreConfig, model_label
 from .reconstruct import reconstruct_cohort
-from .scores import DRAWN, PLAIN, ssim_map
+from .scores import DRAWN, PLAIN, healthy_base, ssim_map
 from .train import load_model
 from .volume import GRID_AFFINE, save_volume
 
@@ -68,7 +68,7 @@ def evaluate_maps(cohort: Cohort, contrast: str, fold: int, maps_of, names, fold
     folder, rows = Path(folder), rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}
     if not len(rows["test"]): raise UadError(f"{cohort.folder}: has no {contrast} volumes in split 'test' of fold {fold}")
     few = {s: np.intersect1d(r, rows[s]) for s, r in few_rows(cohort, fold, contrast, report.post_val, report.post_test).items()}
-    swept = [n for n in names if n not in (*PLAIN, "l2", "ssim_uniform")]
+    swept = [n for n in names if (healthy_base(n) or n) not in (*PLAIN, "l2", "ssim_uniform")]
     parts = []
     def one(maps_of, names, swept, model, where):
         def chosen(names):
@@ -90,13 +90,13 @@ def write_tables(folder, tables: dict[str, pd.DataFrame]):
 SECONDS_COLUMNS = ["score", "restorations", "restore_seconds", "score_seconds", "device", "threads", "model", "contrast", "fold"]
 "The columns of `seconds.csv`. restore_seconds: of one restoration, on `device` with `threads` CPU threads (NaN where that was not recorded); score_seconds: on the CPU."
 
-def seconds_a_volume(cohort: Cohort, rows, x_hat: dict, names, config: ScoreConfig, draws: dict | None = None, restoring: dict | None = None) -> pd.DataFrame:
+def seconds_a_volume(cohort: Cohort, rows, x_hat: dict, names, config: ScoreConfig, draws: dict | None = None, restoring: dict | None = None, healthy: HealthyMaps | None = None) -> pd.DataFrame:
     """What a volume takes, a row per score (the first columns of `SECONDS_COLUMNS`): how many restorations it compares, the seconds of one (of the record `restoring`), and the seconds from there to the post-processed map, the least over `rows` (other work on the machine only adds to them).
 
-    `x_hat`, `draws`: restorations and further ones, as in `evaluate_restorations`."""
+    `x_hat`, `draws`: restorations and further ones, as in `evaluate_restorations`; `healthy`: of the scores over healthy scans, whose own cost (the mean is made once) is not counted."""
     def took(name, r):
         start = time.perf_counter()
-        post_processed(cohort, r, maps_of_reconstruction(cohort, r, x_hat[r], [name], config, draws and draws[r]).values(), config)
+        post_processed(cohort, r, maps_of_reconstruction(cohort, r, x_hat[r], [name], config, draws and draws[r], healthy).values(), config)
         return time.perf_counter() - start
     record = restoring or {}
     facts = dict(restore_seconds=record.get("seconds", np.nan), device=record.get("device", ""), threads=record.get("threads", np.nan))
@@ -108,10 +108,12 @@ def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict,
     """Judge restorations {row: (H, W, D)} by every score of `config` (with a score of `scores.OWN` there, these are its maps); the volumes are those of the contrast that `x_hat` holds. Writes the tables of `evaluate_maps`, and restorations.csv, steps.csv and seconds.csv (of `seconds_a_volume`), to `folder`; returns them.
 
     `snapshots`: {training step: function (rows) -> restorations}, of which l1 and SSIM-ens (or the own score) are judged on a few volumes. `draws`: {row: (config.draws - 1, H, W, D)}, further restorations, for scores that need several.
-    `restoring`: the record of what a restoration took, where there is one."""
+    `restoring`: the record of what a restoration took, where there is one. For scores over healthy scans the sums of maps of the healthy validation volumes are made first, and kept in `folder`, too (`judge.HealthyMaps`, which says
+    what it raises)."""
     names, table, own = config.names_for(contrast), cohort.table, config.own
     rows = {s: np.array([r for r in cohort.select(s, fold, contrast=contrast) if r in x_hat], int) for s in ("val", "test")}
-    tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config, draws and draws[r]), names, folder, config, label, perfect, report, tick, rows)
+    healthy = _healthy_maps(cohort, contrast, fold, x_hat, rows["val"], config, folder, tick)
+    tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config, draws and draws[r], healthy), names, folder, config, label, perfect, report, tick, rows)
     split = {int(r): s for s in rows for r in rows[s]}
     tables["restorations"] = pd.DataFrame([dict(model=label, contrast=contrast, fold=fold, subject_id=table.subject_id.iloc[r], pathology=table.pathology.iloc[r], split=split[r]) | restoration_quality(cohort, r, x_hat[r])
                                            for r in (() if own else split)])
@@ -122,9 +124,16 @@ def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict,
         quality = {} if own else pd.DataFrame([restoration_quality(cohort, r, some[r]) for r in few["test"]]).mean()
         steps += [dict(model=label, contrast=contrast, fold=fold, step=step, pathology=p, score=s, dice=g.dice.mean(), n_test=len(g), **quality) for (p, s), g in (t.groupby(["pathology", "score"]) if len(t) else ())]
     tables["steps"] = pd.DataFrame(steps)
-    tables["seconds"] = seconds_a_volume(cohort, rows["test"][:2], x_hat, names, config, draws, restoring).assign(model=label, contrast=contrast, fold=fold)
+    tables["seconds"] = seconds_a_volume(cohort, rows["test"][:2], x_hat, names, config, draws, restoring, healthy).assign(model=label, contrast=contrast, fold=fold)
     write_tables(folder, tables)
     return tables
+
+def _healthy_maps(cohort, contrast, fold, x_hat, rows, config: ScoreConfig, folder, tick) -> HealthyMaps | None:
+    "The sums that the scores over healthy scans need, of the healthy ones among the rows, written to `folder`; None where `config` has no such score."
+    if not (names := config.over_healthy): return None
+    healthy = HealthyMaps.made(cohort, [r for r in rows if cohort.table.pathology.iloc[r] == "healthy"], names, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), f"{contrast}, fold {fold},", tick)
+    healthy.save(folder)
+    return healthy
 
 def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folder, config: ScoreConfig = ScoreConfig(), device="cpu", perfect: bool = True, report: ReportConfig = ReportConfig(), tick=None,
                       label: str = "", restore: RestoreConfig | None = None) -> dict[str, pd.DataFrame]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOMINAL', 'ScoreConfig', 'maps_of_volume', 'maps_of_reconstruction', 'maps_of_truth', 'perfect_names', 'region',
-           'post_processed', 'KeptMaps', 'headline_rule', 'rate_rule', 'judge', 'sweep']
+           'post_processed', 'HealthyMaps', 'KeptMaps', 'headline_rule', 'rate_rule', 'judge', 'sweep']
 
 # %% ../nbs/39_judge.ipynb #29517198
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .core import LATER, UadError, atomic_file
 from .cohort import Cohort, patients
 from .metrics import auprc, best_threshold_components, dice, dice_released, lesion_table, lesion_wise, perfect_maps, volume_threshold
 from .postprocess import components, erode_mask, postprocess
-from .scores import DRAWN, OWN, PLAIN, SIGMAS, check_score, kernel_size, score_maps, sigma_of
+from .scores import DRAWN, OWN, PLAIN, SIGMAS, check_score, healthy_base, healthy_reference, kernel_size, over_healthy, score_maps, sigma_of
 from .streaming import Pooled
 from .volume import GRID_SHAPE, VOXEL_ML
 
@@ -34,6 +34,11 @@ class _Names:
         "The same without these scores and their settings. Raises `UadError` when no score is left."
         if self.drawn == self.names: raise UadError(f"scores.names: {self.drawn[0]} compares a scan with several restorations, but the model restores always the same: remove it, or name another score, too")
         return replace(self, names=tuple(n for n in self.names if n not in DRAWN), draws=ScoreConfig.draws, mahalanobis_reg=ScoreConfig.mahalanobis_reg)
+
+    @property
+    def over_healthy(self) -> tuple[str, ...]:
+        "The scores whose maps of healthy validation scans its scores divide by: 'l1' for 'l1_healthy'."
+        return tuple(dict.fromkeys(b for n in self.names if (b := healthy_base(n))))
 
     @property
     def own(self) -> str:
@@ -56,7 +61,7 @@ def _check(c):
     if c.kernel_dims not in (2, 3): raise UadError(f"scores.kernel_dims is {c.kernel_dims}: give 3 for SSIM in the volume, or 2 for SSIM in axial slices")
     if not c.names or len(set(c.names)) < len(c.names): raise UadError(f"scores.names: {', '.join(c.names) or 'empty'}: name at least one score, and each once")
     for n in c.names:
-        if (sigma := sigma_of(check_score(n))) and kernel_size(sigma) // 2 >= min(GRID_SHAPE[:c.kernel_dims]):
+        if (sigma := sigma_of(healthy_base(check_score(n)) or n)) and kernel_size(sigma) // 2 >= min(GRID_SHAPE[:c.kernel_dims]):
             raise UadError(f"scores.names: {n} needs a window of {kernel_size(sigma)} voxels, too wide for volumes of {GRID_SHAPE}: use a smaller sigma")
     if not c.sigmas or len(set(c.sigmas)) < len(c.sigmas): raise UadError(f"scores.sigmas: {', '.join(map(str, c.sigmas)) or 'empty'}: name at least one scale, and each once")
     for s in c.sigmas:
@@ -96,22 +101,25 @@ class ScoreConfig(_Names):
     def __post_init__(self): _check(self)
 
 # %% ../nbs/39_judge.ipynb #1b7040f1
-def maps_of_volume(image, x_hat, brain_mask, names, config: ScoreConfig, draws=None) -> dict:
-    """The anomaly maps (H, W, D) of an image and its restoration for the scores `names`, before post-processing. `draws`: further restorations (n, H, W, D), for the scores of `scores.DRAWN`.
+def maps_of_volume(image, x_hat, brain_mask, names, config: ScoreConfig, draws=None, healthy: "HealthyMaps | None" = None, row: int | None = None) -> dict:
+    """The anomaly maps (H, W, D) of an image and its restoration for the scores `names`, before post-processing. `draws`: further restorations (n, H, W, D), for the scores of `scores.DRAWN`;
+    `healthy`: for those over healthy scans (NAME_healthy), and `row`, the volume's in the cohort of these, where it has one.
 
-    With a score of `scores.OWN` in `config`, `x_hat` is that map, and of the others only plain ones can be made. Raises `UadError` for any other."""
+    With a score of `scores.OWN` in `config`, `x_hat` is that map, and of the others only plain ones can be made. Raises `UadError` for any other, and for NAME_healthy without `healthy`."""
     image, x_hat, brain_mask = np.asarray(image), np.asarray(x_hat), np.asarray(brain_mask)
     if config.own:
         if lost := [n for n in names if n not in (*PLAIN, config.own)]: raise UadError(f"scores.names: {lost[0]} compares a scan with its restoration, and the model makes none: use {config.own}, or one of {', '.join(PLAIN)}")
         maps = score_maps(image, image, [n for n in names if n != config.own], brain_mask=brain_mask) | {config.own: x_hat.astype(image.dtype)}
         return {n: maps[n] for n in names}
-    several = None if draws is None else np.concatenate([x_hat[None], draws[:config.draws - 1]])
-    return score_maps(image, x_hat, names, mask=brain_mask if config.masked else None, dims=config.kernel_dims, sigmas=config.sigmas, temperature=config.temperature,
+    several, over = None if draws is None else np.concatenate([x_hat[None], draws[:config.draws - 1]]), {n: b for n in names if (b := healthy_base(n))}
+    if over and healthy is None: raise UadError(f"scores.names: {next(iter(over))} needs the maps of healthy validation scans, which are not here: judge again with this score, or leave it out")
+    maps = score_maps(image, x_hat, [over.get(n, n) for n in names], mask=brain_mask if config.masked else None, dims=config.kernel_dims, sigmas=config.sigmas, temperature=config.temperature,
                       brain_mask=brain_mask, draws=several, reg=config.mahalanobis_reg)
+    return {n: over_healthy(maps[over[n]], healthy.reference(over[n], row, maps)) if n in over else maps[n] for n in names}
 
-def maps_of_reconstruction(cohort: Cohort, row: int, x_hat, names, config: ScoreConfig, draws=None) -> dict:
+def maps_of_reconstruction(cohort: Cohort, row: int, x_hat, names, config: ScoreConfig, draws=None, healthy: "HealthyMaps | None" = None) -> dict:
     "`maps_of_volume` of a row of a cohort."
-    return maps_of_volume(cohort.images[row], x_hat, cohort.brain_masks[row], names, config, draws)
+    return maps_of_volume(cohort.images[row], x_hat, cohort.brain_masks[row], names, config, draws, healthy, row)
 
 def maps_of_truth(cohort: Cohort, row: int, sigmas=SIGMAS) -> dict:
     "The perfect maps (H, W, D) of one volume: the truth, and the truth blurred at each sigma."
@@ -131,6 +139,59 @@ def post_processed(cohort: Cohort, row: int, maps, config: ScoreConfig) -> np.nd
     "The maps (n, H, W, D) of one volume, post-processed, in its `region`: (n, M) float32."
     stack = np.stack([np.asarray(m, np.float32) for m in maps])
     return postprocess(stack, np.asarray(cohort.brain_masks[row]), config.erode, config.median, median_first=config.median_first)[:, region(cohort, row, config)]
+
+# %% ../nbs/39_judge.ipynb #53944962
+class HealthyMaps:
+    """Sums of maps over the healthy validation scans `rows` of one contrast and fold of `cohort`, for the scores `names` (such as 'l1', of 'l1_healthy'): `totals` (names, H, W, D) float32, of map times brain mask; `brains` (H, W, D),
+    how many scans have brain there. `of(row)`: the maps of one of these scans by name, for where one must be left out. All scans lie on one grid, registered to one atlas: without that a mean over them means nothing."""
+    FILE, FORMAT = "healthy-maps.npz", "uad-healthy-maps/1"
+
+    def __init__(self, cohort, names, rows, totals, brains, of=None):
+        self.cohort, self.names, self.rows, self.totals, self.brains, self.of, self._whole = cohort, tuple(names), [int(r) for r in rows], totals, brains, of, {}
+        self.who = None if cohort is None else patients(cohort.table)
+
+    @classmethod
+    def made(cls, cohort: Cohort, rows, names, of, where: str, tick=None):
+        "The sums of the maps `of(row)`. `where`: which scans these are, for the errors: raises `UadError` for fewer than two persons, and for scans that are known to lie on grids of their own."
+        rows = [int(r) for r in rows]
+        if (n := len(set(patients(cohort.table)[rows]))) < 2: raise UadError(f"scores.names: {names[0]}_healthy needs 2 or more healthy validation scans, but of {where} there {'is 1' if n else 'are none'}: add some (data.n_val), or remove it")
+        if (cohort.info.get("prepare") or {}).get("field_of_view") == "own": raise UadError(f"scores.names: {names[0]}_healthy compares scans place by place, but those in {cohort.folder} were prepared with field_of_view 'own', each on a grid of its own: prepare them with 'fixed', or remove it")
+        totals, brains = np.zeros((len(names), *GRID_SHAPE)), np.zeros(GRID_SHAPE, np.uint16)
+        for i, r in enumerate(rows):
+            maps, brain = of(r), np.asarray(cohort.brain_masks[r])
+            for k, n in enumerate(names): totals[k] += maps[n] * brain
+            brains += brain
+            if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
+        return cls(cohort, names, rows, totals.astype(np.float32), brains, of)
+
+    def save(self, folder):
+        "Write the sums to `folder`, whole or not at all."
+        with atomic_file(Path(folder)/self.FILE) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, format=self.FORMAT, names=np.array(self.names), rows=np.array(self.rows), totals=self.totals, brains=self.brains)
+
+    @classmethod
+    def read(cls, folder, cohort: Cohort | None = None, of=None):
+        "The sums that are kept in `folder`; None where there are none. Raises `UadError` for a damaged file."
+        if not (file := Path(folder)/cls.FILE).is_file(): return None
+        try:
+            with np.load(file) as f: format, names, rows, totals, brains = (f[k] for k in ("format", "names", "rows", "totals", "brains"))
+            if str(format) != cls.FORMAT or totals.shape != (len(names), *GRID_SHAPE) or brains.shape != GRID_SHAPE or not len(rows): raise ValueError(f"format {format}")
+        except Exception as e: raise UadError(f"{file}: is damaged, or of another version ({type(e).__name__}): delete it and judge again") from None
+        return cls(cohort, names.tolist(), rows, totals, brains, of)
+
+    def reference(self, name: str, row: int | None = None, maps: dict | None = None) -> np.ndarray:
+        """What the map of the score `name` is divided by, (H, W, D): see `scores.healthy_reference`. `row`: the cohort's row that is divided; the scans of the same person are left out, its own with `maps` (by name) as its maps.
+
+        Raises `UadError` for a score without sums."""
+        if name not in self.names: raise UadError(f"scores.names: {name}_healthy needs the maps of healthy validation scans, and those kept are of {' and '.join(self.names)}: judge again with this score, or leave it out")
+        k, mine = self.names.index(name), [r for r in self.rows if row is not None and self.who[r] == self.who[row]]
+        if not mine:
+            if name not in self._whole: self._whole[name] = healthy_reference(self.totals[k], self.brains, len(self.rows))
+            return self._whole[name]
+        total, brains = self.totals[k].astype(np.float64), self.brains.astype(int)
+        for r in mine:
+            brain = np.asarray(self.cohort.brain_masks[r])
+            total -= (maps if r == row and maps else self.of(r))[name] * brain; brains -= brain
+        return healthy_reference(total, brains, len(self.rows) - len(mine))
 
 # %% ../nbs/39_judge.ipynb #6bd0d847
 class KeptMaps:
