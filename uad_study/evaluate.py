@@ -112,7 +112,7 @@ def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict,
     what it raises)."""
     names, table, own = config.names_for(contrast), cohort.table, config.own
     rows = {s: np.array([r for r in cohort.select(s, fold, contrast=contrast) if r in x_hat], int) for s in ("val", "test")}
-    healthy = _healthy_maps(cohort, contrast, fold, x_hat, rows["val"], config, folder, tick)
+    healthy = _healthy_maps(cohort, contrast, fold, x_hat, config, folder, tick)
     tables = evaluate_maps(cohort, contrast, fold, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config, draws and draws[r], healthy), names, folder, config, label, perfect, report, tick, rows)
     split = {int(r): s for s in rows for r in rows[s]}
     tables["restorations"] = pd.DataFrame([dict(model=label, contrast=contrast, fold=fold, subject_id=table.subject_id.iloc[r], pathology=table.pathology.iloc[r], split=split[r]) | restoration_quality(cohort, r, x_hat[r])
@@ -128,10 +128,12 @@ def evaluate_restorations(cohort: Cohort, contrast: str, fold: int, x_hat: dict,
     write_tables(folder, tables)
     return tables
 
-def _healthy_maps(cohort, contrast, fold, x_hat, rows, config: ScoreConfig, folder, tick) -> HealthyMaps | None:
-    "The sums that the scores over healthy scans need, of the healthy ones among the rows, written to `folder`; None where `config` has no such score."
+def _healthy_maps(cohort, contrast, fold, x_hat, config: ScoreConfig, folder=None, tick=None) -> HealthyMaps | None:
+    "The sums that the scores over healthy scans need, of the validation volumes that `x_hat` holds, written to `folder`; None where `config` has no such score. Without `x_hat`: only the check whether they can be made."
     if not (names := config.over_healthy): return None
-    healthy = HealthyMaps.made(cohort, [r for r in rows if cohort.table.pathology.iloc[r] == "healthy"], names, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), f"{contrast}, fold {fold},", tick)
+    rows, where = [r for r in cohort.select("val", fold, contrast=contrast, pathology="healthy") if x_hat is None or r in x_hat], f"{contrast}, fold {fold},"
+    if x_hat is None: return HealthyMaps.check(cohort, rows, names, where)
+    healthy = HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), where, tick)
     healthy.save(folder)
     return healthy
 
@@ -144,6 +146,7 @@ def evaluate_training(cohort: Cohort, contrast: str, fold: int, train_dir, folde
     train_dir = Path(train_dir)
     model, info = load_model(train_dir/"best.pt", device)
     config = config.for_own(model.own_score) if model.own_score else config.without_own()
+    _healthy_maps(cohort, contrast, fold, None, config)                        # before hours of restoring
     restored = lambda file, draws=0: lambda rs: reconstruct_cohort(cohort, rs, file, train_dir, device=device, restore=restore, draws=draws, tick=tick and (lambda d, n: tick(d, n, f"restoring with {file.name}{', further draws' * bool(draws)}")))
     rows = np.concatenate([cohort.select(s, fold, contrast=contrast) for s in ("val", "test")])
     x_hat, draws = restored(train_dir/"best.pt")(rows), restored(train_dir/"best.pt", config.draws - 1)(rows) if config.drawn else None

@@ -17,13 +17,19 @@ from textwrap import fill
 from .metrics import bootstrap_interval
 from .postprocess import components, postprocess
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
-from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
+from .scores import DRAWN, ENSEMBLES, HEALTHY, OWN, PLAIN, SIGMAS, healthy_base, sigma_of
 from .tables import CHANCE, NO_MODEL, cost, matrix, matrix_shown, over_contrasts, variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
+def _paler(color: str) -> str:
+    "'#rrggbb' on its way to white: a score over healthy scans beside the score itself."
+    return "#" + "".join(f"{round(.6 * int(color[k:k + 2], 16) + .4 * 255):02x}" for k in (1, 3, 5))
+
 class _Colors(dict):
-    "Colours by score; one that is not known (of another method's maps) has one of four, by its name."
-    def __missing__(self, score): return ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7")[zlib.crc32(score.encode()) % 4]
+    "Colours by score; one over healthy scans is paler than itself; one that is not known (of another method's maps) has one of four, by its name."
+    def __missing__(self, score):
+        if base := healthy_base(score): return _paler(self["ssim" if sigma_of(base) else base])
+        return ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7")[zlib.crc32(score.encode()) % 4]
 
 COLORS = _Colors({"l1": "#009E73", "ssim": "#0072B2", "ssim_ens": "#D55E00", "ssim_uniform": "#CC79A7", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "feature_ssim": "#7B4FB5", "l1_ssim": "#661100", "intensity": "#333333", "perfect map": "#8C8C8C"})
 "The colour of each score; 'ssim' is SSIM at one sigma."
@@ -34,6 +40,7 @@ PRINT = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "legend.fonts
 
 def _look(score: str) -> dict:
     "Colour, line style and marker of a score."
+    if base := healthy_base(score): return _look(base) | dict(color=COLORS[score], marker="*")
     kind = score if score in COLORS else "intensity" if score in PLAIN else "perfect map" if score.startswith("truth") else "ssim" if score.startswith("ssim_") else score
     return dict(color=COLORS[kind], ls={"l1": "--", "intensity": ":", "ssim_uniform": "-.", "mahalanobis": (0, (6, 2))}.get(kind, "-"), marker={"l1": "s", "ssim_ens": "D", "ssim_uniform": "^", "intensity": "x", "mahalanobis": "v", "ssim_mahalanobis": "P", "l1_ssim": "X"}.get(kind, "o"))
 
@@ -369,7 +376,7 @@ def figure_curves(results: Results, model: str | None = None):
         for score in filter(None, (best(PLAIN), *(s for s in results.main_scores(model) if s != "ssim_ens"), best([f"ssim_{s:g}" for s in SIGMAS]), "ssim_ens")):
             curve, look = g[g.score == score], _look(score)
             if not len(curve): continue
-            name = rf"SSIM, $\sigma$ {score[5:]}" if score.startswith("ssim_") and score[5:6].isdigit() else score_label(score)
+            name = rf"SSIM, $\sigma$ {score[5:]}" if sigma_of(score) else score_label(score)
             ax.plot(*_mean_curve(curve), color=look["color"], ls=look["ls"], label=f"{name}: {q[q.score == score].auprc_pooled.mean():.3f}")
             ax.plot(*([v] for v in _operating_point(curve, q[q.score == score])), marker="o", ms=5.5, mfc="w", mec=look["color"], mew=1.3, ls="", zorder=5)
         coin = q.prevalence.mean()
@@ -414,7 +421,7 @@ def figure_calibration(results: Results, model: str | None = None):
 
 # %% ../nbs/44_figures.ipynb #a256314e
 @_printed
-def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", *ENSEMBLES, *DRAWN, *OWN)):
+def figure_fold_spread(results: Results, model: str | None = None, scores=(*PLAIN, "l1", "ssim_val", *ENSEMBLES, *DRAWN, *OWN, *(f"{n}{HEALTHY}" for n in ("l1", *ENSEMBLES)))):
     "Dice of each fold beside the 95 % interval over patients, a panel per pathology. Returns a matplotlib figure, None with a single fold."
     model = model or results.models[0]
     if results.rows(model=model).fold.nunique() < 2: return None

@@ -11,22 +11,23 @@ import hashlib, html, json, re
 import numpy as np, pandas as pd
 from . import __version__
 from .core import atomic_file, placeless
-from .figures import found_by_size
+from .figures import _paler, found_by_size
 from .results import NAMES, Results, headline_rule, mean_std, score_label, score_order
-from .scores import SIGMAS
+from .scores import SIGMAS, healthy_base
 from .tables import cautions
 
 # %% ../nbs/45_interactive.ipynb #4c40750a
 COLORS = {"l1": "#009E73", "l2": "#E69F00", "ssim": "#0072B2", "ssim_val": "#56B4E9", "ssim_uniform": "#CC79A7", "ssim_ens": "#D55E00", "intensity": "#333333", "intensity_dark": "#8C8C8C",
           "intensity_eq": "#5A5A8C", "intensity_eq_dark": "#9A9AC8", "mahalanobis": "#44AA99", "ssim_mahalanobis": "#882255", "feature_ssim": "#7B4FB5", "l1_ssim": "#661100"}
 "The colour of each score; 'ssim' is the curve over sigma."
-SHOWN = ("intensity", "intensity_dark", "l1", "ssim_ens", "l1_ssim", "ssim_mahalanobis", "feature_ssim")
+SHOWN = ("intensity", "intensity_dark", "l1", "ssim_ens", "l1_ssim", "l1_ssim_healthy", "ssim_mahalanobis", "feature_ssim")
 "The scores that a plot shows at first; a click in the legend shows the others."
 _DASHES = {"l1": "dash", "l2": "longdash", "intensity": "dot", "intensity_dark": "dot", "intensity_eq": "dot", "intensity_eq_dark": "dot", "mahalanobis": "dash", "ssim_uniform": "dashdot", "ssim_val": "longdashdot"}
 _PALE, _OTHER = "#e4e7eb", "#7A5C3E"
 
 def score_color(score: str) -> str:
-    "The colour of a score, as '#rrggbb'; of a score that another program made, brown."
+    "The colour of a score, as '#rrggbb'; of one over healthy scans, paler; of a score that another program made, brown."
+    if base := healthy_base(score): return _paler(score_color(base))
     if score in COLORS: return COLORS[score]
     if not re.fullmatch(r"ssim_\d+(\.\d+)?", score): return _OTHER
     t = np.clip((float(score[5:]) - SIGMAS[0]) / (SIGMAS[-1] - SIGMAS[0]), 0, 1)

@@ -15,22 +15,23 @@ from . import __version__
 from .core import UadError, file_sha256, from_dict, read_json, write_json
 from .cohort import Cohort, Item, write_cohort, write_reconstructions
 from .evaluate import SECONDS_COLUMNS, kept_restorations
-from .judge import ScoreConfig, headline_rule, maps_of_reconstruction
+from .judge import HealthyMaps, ScoreConfig, headline_rule, maps_of_reconstruction
 from .metrics import bootstrap_interval
 from .runs import PLAN, RESULT, RUN, STAGES, planned_report
-from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
+from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS, healthy_base
 from .volume import load_map
 
 # %% ../nbs/42_results.ipynb #ff7e1381
 NAMES = {"tumour": "Tumour", "ms": "Multiple sclerosis", "stroke": "Stroke", "wmh": "White matter hyperintensities", "semisynthetic": "Semi-synthetic", "healthy": "Healthy"}
 SCORE_NAMES = {"intensity": "intensity", "intensity_dark": "intensity, dark", "intensity_eq": "intensity, equalised", "intensity_eq_dark": "intensity, equalised, dark", "mahalanobis": "Mahalanobis", "ssim_mahalanobis": "Mahalanobis times SSIM", "feature_ssim": "SSIM of features", "l1_ssim": "l1 times SSIM-ens", "l1": "l1", "l2": "l2", "ssim_val": "SSIM, sigma chosen on validation", "ssim_uniform": "SSIM, uniform mean", "ssim_ens": "SSIM-ens"}
 def score_order(scores) -> list[str]:
-    "Scores as tables list them: the plain ones, SSIM by sigma, what is made of several sigmas, then of several restorations, then a model's own."
+    "Scores as tables list them: the plain ones, SSIM by sigma, what is made of several sigmas, then of several restorations, then a model's own; each followed by itself over healthy scans."
     rank = {s: i for i, s in enumerate([*PLAIN, "l1", "l2", *(f"ssim_{s:g}" for s in SIGMAS), "ssim_val", *ENSEMBLES, *DRAWN, *OWN])}
-    return sorted(dict.fromkeys(scores), key=lambda s: rank.get(s, rank["ssim_val"] - .5))
+    return sorted(dict.fromkeys(scores), key=lambda s: rank.get(b := healthy_base(s) or s, rank["ssim_val"] - .5) + .25 * (b != s))
 
 def score_label(score: str) -> str:
     "What a score is called in tables and figures."
+    if base := healthy_base(score): return f"{score_label(base)} over healthy"
     return SCORE_NAMES.get(score) or score.replace("ssim_", "SSIM, sigma ").replace("truth_", "truth, blurred ")
 
 def mean_std(t: pd.DataFrame, column: str = "dice") -> tuple[float, float]:
@@ -110,7 +111,7 @@ class _OnDisk:
         return self.train_dirs[i], self.trainings[i]["results"]["best_step"]
 
     def maps(self, model: str, row: int, names, fold: int = 0) -> dict | None:
-        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk, or the model makes none and they need it."
+        "The anomaly maps (H, W, D) of a row of the cohort by name, before post-processing; None where they can't be had: no restoration is on the disk, the model makes none and they need it, or what they are divided by is not kept."
         if self.cohort is None or (i := self.index(model, row, fold)) is None: return None
         if theirs := self.places[i].get("maps"):
             if any(str(int(row)) not in theirs.get(n, {}) or not (self.evaluate_dirs[i]/theirs[n][str(int(row))]).is_file() for n in names): return None
@@ -118,8 +119,10 @@ class _OnDisk:
         config = self.score_config(model)
         if config.own and set(names) - {config.own, *PLAIN}: return None
         draws = self.restoration(model, row, fold, config.draws - 1) if set(names) & set(DRAWN) else None
-        if (x_hat := self._kept(model, row, fold)) is None or (draws is None and set(names) & set(DRAWN)): return None
-        return maps_of_reconstruction(self.cohort, row, x_hat, names, config, draws)
+        over = {b for n in names if (b := healthy_base(n))}
+        healthy = HealthyMaps.read(self.evaluate_dirs[i], self.cohort, lambda r: maps_of_reconstruction(self.cohort, r, self._kept(model, r, fold), over, config)) if over else None
+        if (x_hat := self._kept(model, row, fold)) is None or (draws is None and set(names) & set(DRAWN)) or over - set(healthy.names if healthy else ()): return None
+        return maps_of_reconstruction(self.cohort, row, x_hat, names, config, draws, healthy)
 
 # %% ../nbs/42_results.ipynb #c51f575d
 CASE_TABLES = ("cases", "pooled", "curves", "calibration", "lesions", "post", "restorations", "steps")

@@ -168,7 +168,9 @@ def _entry(label: str, parts: dict, where: str, own: dict) -> Entry:
     if not weights and data.source == "virtual" and data.n_train < 1: raise UadError(f"{where}: has nothing to train on: set data.n_train to at least 1")
     if "sampler_steps" in parts["restore"] and restore and restore.sampler != "ddim": raise UadError(f"{where}, restore.sampler_steps: is for the sampler ddim: set that too, or remove it")
     if "lr_period" in parts["train"] and train.lr_schedule != "cosine": raise UadError(f"{where}, train.lr_period: is for lr_schedule cosine: set that too, or remove it")
-    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(_scores(parts["scores"], own["scores"], model.name, bool(restore), where)), weights, encoder_file=encoder_file)
+    scores = _scores(parts["scores"], own["scores"], model.name, bool(restore), where)
+    if scores.over_healthy and data.source == "virtual" and data.n_val < 2: raise UadError(f"{where}, scores.names: {scores.over_healthy[0]}_healthy compares scans with the mean of healthy validation scans: set data.n_val to at least 2")
+    return Entry(label, _plain(data), _plain(model), {} if weights else _plain(train), _plain(restore) if restore else {}, _plain(scores), weights, encoder_file=encoder_file)
 
 def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
     "A model's raw settings, with the SHA-256 of the file `encoder_file` in its place; and that file, '' where none is asked for. Raises `UadError` for a file that does not fit."

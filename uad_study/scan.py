@@ -148,7 +148,7 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             c, how = weights.scores, dict(seed_parts=(0, "score"), device=device)
             x_hat, draws = reconstruct_volume(weights.model, p.image, **how), further_draws(weights.model, p.image, c.draws - 1, **how) if c.drawn else None
         with _step(seconds, "score"):
-            maps = maps_of_volume(p.image, x_hat, p.brain_mask, c.names_for(weights.contrast), c, draws)
+            maps = maps_of_volume(p.image, x_hat, p.brain_mask, c.names_for(weights.contrast), c, draws, weights.healthy)
             maps = dict(zip(maps, postprocess(np.stack(list(maps.values())), p.brain_mask, c.erode, c.median, median_first=c.median_first)))
             found = components(maps[score] > threshold, c.min_voxels)
         with _step(seconds, "compare"): far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)

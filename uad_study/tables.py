@@ -18,7 +18,7 @@ from html import escape
 from .manifest import PAPER_SIZES, listing
 from .metrics import bootstrap_interval, holm, paired_test
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
-from .scores import DRAWN, OWN, PLAIN
+from .scores import DRAWN, ENSEMBLES, HEALTHY, OWN, PLAIN
 
 # %% ../nbs/43_tables.ipynb #4b1a0b38
 ARROWS = {"up": "↑", "down": "↓"}
@@ -257,7 +257,8 @@ def table_dice(results: Results) -> Table:
     return t
 
 # %% ../nbs/43_tables.ipynb #ae902a4c
-AGAINST = ("l1", "l2", *PLAIN, "ssim_uniform", "ssim_val", "l1_ssim", *DRAWN)
+AGAINST = ("l1", "l2", *PLAIN, "ssim_uniform", "ssim_val", "l1_ssim", *DRAWN, *(f"{n}{HEALTHY}" for n in ("l1", "l2", *ENSEMBLES)))
+"The scores that SSIM-ens is tested against, where they were judged."
 
 def p_value(p: float) -> str:
     "A p-value as it is printed."
@@ -516,7 +517,7 @@ def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFram
     "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
     t = matrix(results) if t is None else t
     if len(results.models) > 1: t = t[~t.model.isin(results.variants)]
-    t = t[~t.score.astype(str).str.fullmatch(r"ssim_[\d.]+") & (~t.model.isin(results.variants) | t.score.isin([*MAIN, *OWN]))]
+    t = t[~t.score.astype(str).str.fullmatch(rf"ssim_[\d.]+({HEALTHY})?") & (~t.model.isin(results.variants) | t.score.isin([*MAIN, *OWN]))]
     top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
     return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
 

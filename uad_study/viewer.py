@@ -15,11 +15,11 @@ from pathlib import Path
 from .core import UadError
 from .cohort import Cohort, open_reconstructions
 from .figures import RESULT_COLORS
-from .judge import headline_rule
+from .judge import HealthyMaps, headline_rule, maps_of_reconstruction
 from .metrics import dice, lesion_wise
 from .postprocess import components, erode_mask, postprocess
-from .results import NAMES, Results, gather, score_label
-from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS, score_maps, sigma_of
+from .results import NAMES, Results, gather, score_label, score_order
+from .scores import DRAWN, ENSEMBLES, PLAIN, SIGMAS, healthy_base, over_healthy, score_maps, sigma_of
 from .volume import VOXEL_ML, load_map
 
 # %% ../nbs/50_viewer.ipynb #929fe5da
@@ -54,7 +54,8 @@ def rule_label(rule: str, ml: float = 1.) -> str:
 class Restored:
     """One model on one contrast and fold: its restorations {row: (H, W, D)}; the thresholds the study found, {(score, pathology): {rule: threshold}}; and how its maps are made and post-processed.
 
-    `maps`: of a method that gives maps instead of restorations, {score: {row: file, or array (H, W, D)}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept."""
+    `maps`: of a method that gives maps instead of restorations, {score: {row: file, or array (H, W, D)}}. `draws`: further restorations {row: (n, H, W, D)}, where a score needs several and they are kept.
+    `healthy`: the sums that scores over healthy scans need, where they are kept."""
     label: str
     volumes: dict
     thresholds: dict
@@ -73,6 +74,7 @@ class Restored:
     maps: dict | None = None
     draws: dict | None = None
     mahalanobis_reg: float = 1e-2
+    healthy: HealthyMaps | None = None
 
     @property
     def rows(self) -> set: return set.intersection(*(set(f) for f in self.maps.values())) if self.maps else set(self.volumes)
@@ -80,7 +82,7 @@ class Restored:
     def scores(self) -> list[str]:
         "The scores it can be looked at by; 'ssim' is SSIM at any sigma."
         judged = {score for score, _ in self.thresholds}
-        more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [*["l1_ssim"] * ("l1_ssim" in judged), *(n for n in DRAWN if n in judged and self.draws)]
+        more = [n for n in ("intensity_eq", "intensity_eq_dark") if n in judged], [*["l1_ssim"] * ("l1_ssim" in judged), *(n for n in DRAWN if n in judged and self.draws), *(n for n in score_order(judged) if self.healthy and healthy_base(n) in self.healthy.names)]
         if self.maps: return [*(n for n in PLAIN if n in judged), *self.maps]
         return ["intensity", *["intensity_dark"] * (self.contrast == "T1w"), *more[0], "l1", "l2", *more[1], "ssim", "ssim_uniform", "ssim_ens"]
 
@@ -102,7 +104,7 @@ def restored_models(results: Results) -> list[Restored]:
         q, places = e["parameters"], results.places[i]
         base = first.setdefault(results.variants[name]["base"] if name in results.variants else name, q)
         if any(q.get(k) != base.get(k) for k in ("score_config", "cohort_dir")): continue
-        volumes, draws, (folder, step), maps = {}, {}, results.kept(i), None
+        volumes, draws, (folder, step), maps, healthy = {}, {}, results.kept(i), None, None
         if places.get("maps"):
             maps = {n: {int(r): results.evaluate_dirs[i]/f for r, f in files.items() if (results.evaluate_dirs[i]/f).is_file()} for n, files in places["maps"].items()}
         else:
@@ -114,9 +116,10 @@ def restored_models(results: Results) -> list[Restored]:
                 if "draws" not in info: volumes |= v
                 elif further and info["draws"] >= further: draws |= {r: a[:further] for r, a in v.items()}
             if config.own: volumes, maps = {}, {config.own: volumes}                   # what is kept are its maps
+            if over := config.over_healthy: healthy = HealthyMaps.read(results.evaluate_dirs[i], results.cohort, lambda r, v=volumes, over=over, c=config: maps_of_reconstruction(results.cohort, r, v[r], over, c))
         how = {k: v for k, v in (q.get("score_config") or {}).items() if k in ("erode", "median", "min_voxels", "median_first", "kernel_dims", "masked", "sigmas", "temperature", "healthy_ml", "mahalanobis_reg")}
         m = Restored(f"{q['contrast']} {name}" + (f", fold {q['fold']}" if results.table.fold.nunique() > 1 else ""), volumes, _thresholds(results, name, q["contrast"], q["fold"]),
-                     name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, draws=draws if set(draws) >= set(volumes) else None, **how)
+                     name=name, contrast=q["contrast"], fold=int(q["fold"]), maps=maps, draws=draws if set(draws) >= set(volumes) else None, healthy=healthy, **how)
         if m.rows: models.append(m)
     if not models: raise UadError(f"{results.evaluate_dirs[0].parent}: holds no restorations or maps to look at: run the study again where it was run, or copy its train-... folders, too")
     return models
@@ -214,6 +217,9 @@ class _Volumes(_Thresholds):
         m, (x, x_hat, mask, _) = self.models[s.model], self.case(s)
         if m.maps and s.score in PLAIN: return score_maps(x, x, [s.score], brain_mask=mask)[s.score]
         if m.maps: return np.asarray(self._memo("raw", (s.model, s.row, s.score), lambda: given if isinstance(given := m.maps[s.score][s.row], np.ndarray) else load_map(given)))
+        if base := healthy_base(s.score):
+            plain = self._raw(replace(s, score="ssim", sigma=sigma) if (sigma := sigma_of(base)) else replace(s, score=base))
+            return over_healthy(plain, m.healthy.reference(base, s.row, {base: plain}))
         how = dict(mask=mask if m.masked else None, dims=m.kernel_dims)
         name = f"ssim_{s.sigma:g}" if s.score == "ssim" else s.score
         singles = [f"ssim_{v:g}" for v in m.sigmas]

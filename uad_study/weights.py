@@ -14,7 +14,7 @@ from pathlib import Path
 from . import __version__
 from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_settings, read_json, write_json
 from .cohort import Cohort
-from .judge import KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
+from .judge import HealthyMaps, KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
 from .models import MODELS, RestoreConfig, model_config, model_label, parameter_count, restore_config
 from .postprocess import components, erode_mask, postprocess
 from .prepare import PrepareConfig
@@ -33,7 +33,7 @@ RESEARCH_ONLY = "Research use only. Not a medical device: it has not been assess
 
 @dataclass(frozen=True)
 class Weights:
-    "Weights ready for use: `model` in evaluation mode, the settings of scoring (`scores`) and preparation (`prepare`), `thresholds` by score, and the `card`, a dict of all that was written beside them."
+    "Weights ready for use: `model` in evaluation mode, the settings of scoring (`scores`) and preparation (`prepare`), `thresholds` by score, the `card`, a dict of all that was written beside them, and `healthy`, what scores over healthy scans need."
     name: str
     contrast: str
     model: object
@@ -41,6 +41,7 @@ class Weights:
     prepare: PrepareConfig
     thresholds: dict
     card: dict
+    healthy: HealthyMaps | None = None
 
     @property
     def score(self) -> str:
@@ -108,18 +109,27 @@ def _rounded(model):
             p.copy_(half)
     return model
 
-def _maps(model, cohort: Cohort, row: int, names, scores: ScoreConfig) -> tuple[np.ndarray, dict]:
-    "What a model makes of a healthy row (a restoration, or its own map), and the scores' maps of it."
-    x, seed, device = np.asarray(cohort.images[row]), (0, "healthy", str(cohort.table.subject_id.iloc[row])), next(model.parameters()).device
-    x_hat, draws = reconstruct_volume(model, x, seed, device), further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None
-    return x_hat, maps_of_reconstruction(cohort, row, x_hat, names, scores, draws)
+def _how(model, cohort: Cohort, row: int) -> tuple: return model, np.asarray(cohort.images[row]), (0, "healthy", str(cohort.table.subject_id.iloc[row])), next(model.parameters()).device
 
-def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None) -> tuple[dict, dict]:
-    "Thresholds by score, and the reference of `distance`, of healthy validation rows."
+def _maps(model, cohort: Cohort, row: int, names, scores: ScoreConfig, sums: HealthyMaps | None = None, x_hat=None) -> tuple[np.ndarray, dict]:
+    "What a model makes of a healthy row (a restoration, or its own map; `x_hat`, where it was made before), and the scores' maps of it."
+    model, x, seed, device = _how(model, cohort, row)
+    if x_hat is None: x_hat = reconstruct_volume(model, x, seed, device)
+    return x_hat, maps_of_reconstruction(cohort, row, x_hat, names, scores, further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None, sums)
+
+def _sums(model, cohort: Cohort, rows, scores: ScoreConfig, where: str) -> tuple[HealthyMaps | None, dict]:
+    "What the scores over healthy scans need of healthy validation rows, and the restorations {row: (H, W, D)} it was made of; (None, {}) where `scores` has no such score."
+    if not (names := scores.over_healthy): return None, {}
+    HealthyMaps.check(cohort, rows, names, where)
+    made = {r: reconstruct_volume(*_how(model, cohort, r)) for r in rows}
+    return HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, made[r], names, scores), where), made
+
+def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None, sums: HealthyMaps | None = None, made: dict | None = None) -> tuple[dict, dict]:
+    "Thresholds by score, and the reference of `distance`, of healthy validation rows. `sums`, `made`: of `_sums`."
     kept, error, histograms, names = KeptMaps(cohort, folder, scores), [], [], scores.names_for(cohort.table.contrast.iloc[rows[0]])
     for i, r in enumerate(rows):
         x, mask = np.asarray(cohort.images[r]), np.asarray(cohort.brain_masks[r])
-        x_hat, maps = _maps(model, cohort, r, names, scores)
+        x_hat, maps = _maps(model, cohort, r, names, scores, sums, (made or {}).get(r))
         kept.keep(r, maps.values())
         error.append(_error(x, x_hat, mask, scores)); histograms.append(histogram(x, mask))
         if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
@@ -129,11 +139,11 @@ def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tic
     others = [(n * mean - h) / (n - 1) if n > 1 else mean for h in histograms]                     # each is compared with the rest, as a new scan will be with all
     return thresholds, dict(n=n, error=[round(e, 5) for e in error], histogram=[round(float(h), 6) for h in mean], apart=[round(_apart(h, o), 5) for h, o in zip(histograms, others)])
 
-def _healthy_test(model, cohort: Cohort, rows, scores: ScoreConfig, thresholds: dict, tick=None) -> dict:
+def _healthy_test(model, cohort: Cohort, rows, scores: ScoreConfig, thresholds: dict, tick=None, sums: HealthyMaps | None = None) -> dict:
     "What the thresholds mark, all of it false, in healthy rows that set nothing: {score: {n, mean_ml, most_ml, share: of scans with at most `scores.healthy_ml`}}; {} without rows."
     names, marked = list(thresholds), []
     for i, r in enumerate(rows):
-        maps = np.stack(list(_maps(model, cohort, r, names, scores)[1].values()))
+        maps = np.stack(list(_maps(model, cohort, r, names, scores, sums)[1].values()))
         maps = postprocess(maps, np.asarray(cohort.brain_masks[r]), scores.erode, scores.median, median_first=scores.median_first)
         marked.append([VOXEL_ML * float(components(m > thresholds[n], scores.min_voxels).sum()) for n, m in zip(names, maps)])
         if tick: tick(i + 1, len(rows), f"healthy test scan {i + 1}")
@@ -216,12 +226,14 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict
     if not rows: raise UadError(f"{cohort.folder}: holds no healthy {asked['contrast']} validation scans: the threshold needs them")
     with atomic_dir(folder) as tmp:
         for d in ("models", "configs", "docs"): (tmp/d).mkdir()
-        thresholds, healthy = _healthy(_rounded(model), cohort, rows, scores, tmp/"maps", tick)
-        marked = _healthy_test(model, cohort, [int(r) for r in cohort.select("test", asked["fold"], contrast=asked["contrast"], pathology="healthy")], scores, thresholds, tick)
+        sums, made = _sums(_rounded(model), cohort, rows, scores, f"{asked['contrast']}, fold {asked['fold']},")
+        thresholds, healthy = _healthy(model, cohort, rows, scores, tmp/"maps", tick, sums, made)
+        marked = _healthy_test(model, cohort, [int(r) for r in cohort.select("test", asked["fold"], contrast=asked["contrast"], pathology="healthy")], scores, thresholds, tick, sums)
         (tmp/"models"/TENSORS).write_bytes(save({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in _once(model).items()}))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
                     scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation), healthy_test=marked,
                     tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
+        if sums: sums.save(tmp/"models"); card["healthy_maps_sha256"] = file_sha256(tmp/"models"/HealthyMaps.FILE)
         write_json(tmp/"models"/CARD, card, FORMAT)
         for file, content in zip(("metadata.json", "inference.json"), _bundle(card)): (tmp/"configs"/file).write_text(json.dumps(content, indent=1) + "\n")
         (tmp/"docs"/"README.md").write_text(_card_text(card))
@@ -263,7 +275,9 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
     except (KeyError, TypeError, ValueError, AttributeError): raise UadError(f"{folder/CARD}: is incomplete or damaged: export the weights again") from None
     if " sha256:" in prepare.atlas: raise UadError(f"weights: {name} are of scans on the atlas {prepare.atlas.split()[0]}, which is not part of them: `uad score` knows MNI152 only")
     if contrast and contrast != found: raise UadError(f"weights: {name} are of {found} scans, not {contrast}: choose others, or another --contrast")
-    return Weights(name, found, read_model(place, card, restore).to(device), scores, prepare, thresholds, card)
+    sums = HealthyMaps.read(folder) if scores.over_healthy else None
+    if scores.over_healthy and (sums is None or file_sha256(folder/HealthyMaps.FILE) != card.get("healthy_maps_sha256")): raise UadError(f"{folder/HealthyMaps.FILE}: is missing, or not what the card says: export the weights again")
+    return Weights(name, found, read_model(place, card, restore).to(device), scores, prepare, thresholds, card, sums)
 
 # %% ../nbs/53_weights.ipynb #a67bb674
 FEW = 8
