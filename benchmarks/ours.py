@@ -16,7 +16,7 @@ from uad_study.phantom import PATHOLOGIES
 from uad_study.reconstruct import further_draws, reconstruct_volume
 from uad_study.results import NAMES
 from uad_study.runs import provenance
-from uad_study.scores import SIGMAS, l1_map, mahalanobis_map, score_maps, ssim_ens, ssim_map
+from uad_study.scores import SIGMAS, healthy_reference, mahalanobis_map, over_healthy, score_maps, ssim_ens, ssim_map
 from uad_study.shipped import packaged_folder, read_card, read_model
 
 HERE, FORMAT = Path(__file__).parent, "uad-ours/1"
@@ -122,18 +122,16 @@ def inside_mean(m, brain, sigma=1.5):
 
 
 class Healthy:
-    "Divides a map `f(case)` by what it is at this place in healthy validation scans on average (smoothed; and a fifth of its mean in the brain, so that nothing is divided by 0)."
+    "Divides a map `f(case)` by what it is at this place in healthy validation scans on average, as the scores NAME_healthy do (`scores.over_healthy`)."
     def __init__(self, f, cohort, kept): self.f, self.cohort, self.kept, self.found = f, cohort, kept, {}
 
     def reference(self, contrast):
         if contrast not in self.found:
             cases = [Case(self.cohort, self.kept, r) for r in self.cohort.select("val", 0, contrast=contrast, pathology="healthy")[:HEALTHY]]
-            brain = np.mean([c.brain for c in cases], 0)
-            mean = gaussian_filter(np.mean([self.f(c) * c.brain for c in cases], 0), 1.5) / np.maximum(gaussian_filter(brain, 1.5), .3 / len(cases))
-            self.found[contrast] = (mean + .2 * mean[brain > .5].mean()).astype(np.float32)
+            self.found[contrast] = healthy_reference(np.sum([self.f(c) * c.brain for c in cases], 0), np.sum([c.brain for c in cases], 0), len(cases))
         return self.found[contrast]
 
-    def __call__(self, case): return self.f(case) / self.reference(case.contrast)
+    def __call__(self, case): return over_healthy(self.f(case), self.reference(case.contrast))
 
 
 def candidates(cohort, kept) -> dict:
@@ -227,8 +225,8 @@ def judgement_text(j, places) -> list[str]:
     corrected = holm([f[-1] for f in found])
     said = [(a, b, p, m, lo, hi, verdict(m, lo, hi), c) for (a, b, p, m, (lo, hi), *_), c in zip(found, corrected)]
     tests = [[a, b, NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", verdict(m, lo, hi)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
-    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients, as the best that a study can make today (those above it need maps of healthy scans, or know which way lesions differ): {OURS} (bold), "
-            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans, which no study does yet.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PEERS), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
+    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients, as the best that a study could make then (those above it need maps of healthy scans, or know which way lesions differ): {OURS} (bold), "
+            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans: in a study `scores: {{names: [l1_ssim_healthy]}}`, which takes all that it has.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PEERS), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
             "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where the interval leaves out 0 (the same: less than 0.05 points apart, as where both are at chance):", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
 
 
