@@ -627,10 +627,13 @@ def _short(value, form: str = ".3g", none: str = "–") -> str:
     if value != value: return none
     return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,.0f}" if value >= 100 else format(value, form)
 
+def _row_label(score: str) -> str: return score_label(score).replace("sigma chosen on", "sigma by")
+
 class _Sheet:
     "A heat map as a sheet of text: x in inches, a line of `height` inches for each row, a blank and a heading for each model."
-    height, left, right = .185, 1.62, 2.5
+    height, right = .185, 2.5
     def __init__(self, places: int, lines: list, width: float = 7.2):
+        self.left = max(1.62, .06 * max(len(_row_label(score)) for _, score in lines) + .06)
         self.cell = min(.85 if places > 1 else 1.4, (width - self.left - self.right) / places)
         self.x = [self.left + self.cell * (j + .5) for j in range(places)]
         self.costs = [self.left + self.cell * places + dx for dx in (.62, 1.2, 1.82, 2.42)]               # where columns end
@@ -661,7 +664,7 @@ def figure_matrix(results: Results):
         for x, column in zip(s.costs, ("parameters", "training_hours")): write(x, y, _short(over_contrasts(t[t.model == m])[column]), ha="right")
     for (m, score), y in s.y.items():
         g = t[(t.model == m) & (t.score == score)]
-        write(s.left - .06, y, score_label(score).replace("sigma chosen on", "sigma by"), ha="right")
+        write(s.left - .06, y, _row_label(score), ha="right")
         for x, column in zip(s.costs[2:], ("restore_seconds", "score_seconds")): write(x, y, _short(over_contrasts(g)[column]), ha="right")
         at = {(r.pathology, r.contrast): r for r in g.itertuples()}
         for x, place in zip(s.x, places):
