@@ -168,7 +168,7 @@ def test_tables_figures_and_inspector(judged, tmp_path):
     labels = ["l1 over healthy", "l1 times SSIM-ens over healthy"]
     for t in (table_dice(r), table_matrix(r)): assert set(labels) <= {str(getattr(row[1], "text", row[1])) for row in t.rows}, t.name
     assert set(labels) <= {str(getattr(row[2], "text", row[2])) for row in table_tests(r).rows} and "ssim_0.9_healthy" in set(matrix(r).score) and "ssim_0.9_healthy" not in set(matrix_shown(r).score)
-    assert plot_cases(r) is not None
+    assert plot_cases(r) is not None and any(n.startswith("Over healthy") for n in table_dice(r).notes)
     view = View(r.cohort, restored_models(r))
     for score in [n for n in NAMES if n.endswith("_healthy")]:
         state = view.settle(replace(view.first(), score=score, rule="val"))

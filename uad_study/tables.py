@@ -18,7 +18,7 @@ from html import escape
 from .manifest import PAPER_SIZES, listing
 from .metrics import bootstrap_interval, holm, paired_test
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
-from .scores import DRAWN, ENSEMBLES, HEALTHY, OWN, PLAIN
+from .scores import DRAWN, ENSEMBLES, HEALTHY, OWN, PLAIN, healthy_base
 
 # %% ../nbs/43_tables.ipynb #4b1a0b38
 ARROWS = {"up": "↑", "down": "↓"}
@@ -253,6 +253,7 @@ def table_dice(results: Results) -> Table:
     found = _dice_cells(numbers, ["perfect map"], shown, numbers.places)
     for s in shown: t.add("perfect map", score_label(s), *(found[s, place][1] for place in numbers.places), kind="perfect")
     t.notes.append("Bold (or *): highest of a model on the test set." + (" ↑ ↓: SSIM-ens above or below l1 of the same model as printed; a difference of means, not a test." if any({"up", "down"} & set(c.marks) for r in t.rows for c in r) else ""))
+    if any(map(healthy_base, results.table.score)): t.notes.append("Over healthy: the map over its mean in healthy validation scans at the same place; no lesion is seen.")
     if paper and set(kinds) & set(results.models): t.notes += ["As published: Behrendt et al., ISBI 2024, Table 1, mean ± standard deviation over five folds, of the paper's networks and its own preparation.", *(_paper_note(results, *place, d) for place, d in paper.items())]
     return t
 
