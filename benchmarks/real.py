@@ -1,5 +1,5 @@
 """What weights say about real scans: python benchmarks/real.py --data DIR [--run RUN] (DIR holds manifest.csv; RUN is the training of `uad run real-t1`). Writes benchmarks/real.json, docs/real.md and docs/real.png;
-without --data docs/real.md alone, from benchmarks/real.json.
+without --data docs/real.md alone, from benchmarks/real.json (with --run its section on the study anew).
 
 Every scan goes through `scan.score_scan`, as `uad score` does it; thresholds are those of the weights, set on healthy scans. Pictures are of scans whose licence allows it."""
 import argparse, json
