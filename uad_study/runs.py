@@ -174,7 +174,7 @@ def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
     "A model's raw settings, with the SHA-256 of the file `encoder_file` in its place; and that file, '' where none is asked for. Raises `UadError` for a file that does not fit."
     from uad_study.models import MODELS, ModelConfig
     if "encoder_sha256" in settings: raise UadError(f"{where}, encoder_sha256: is found from encoder_file: name that instead")
-    if not hasattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "first") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
+    if not hasattr(getattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "Config", None), "encoder_sha256") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
     from uad_study.fae import read_encoder
     settings, file = {k: v for k, v in settings.items() if k != "encoder_file"}, settings.get("encoder_file", "")
     if not isinstance(file, str): raise UadError(f"{where}, encoder_file: must be the path of a file, not {file!r}")
