@@ -324,6 +324,8 @@ def test_the_face_of_the_pretext():
 def test_settings_of_the_pretext_leave_no_trace_where_there_is_none():
     entries = {e.label: e.model for s in ("systems", "matrix", "matrix-paper") for e in read_study(s).entries if e.model["name"] == "cddpm"}
     assert entries and not [k for m in entries.values() for k in m if k in ("encoder_steps", "mask_ratio", "mask_patch")]
+    base, variant = read_study("pretrain").entries
+    assert "encoder_steps" not in base.model and (variant.model["encoder_steps"], variant.says, variant.label) == (300, "model.encoder_steps 0 → 300", "cddpm, pretrained encoder")
 
 
 @pytest.fixture(scope="module")

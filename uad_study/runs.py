@@ -282,7 +282,9 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
 def _whole(e: Entry, part: str) -> dict:
     "The plain settings of a part of an entry, defaults that leave no trace among them."
     from uad_study.judge import ScoreConfig
-    return getattr(e, part) | (json.loads(json.dumps(asdict(from_dict(ScoreConfig, e.scores)))) if part == "scores" else {})
+    from uad_study.models import model_config
+    full = dict(scores=lambda: from_dict(ScoreConfig, e.scores), model=lambda: model_config(e.model)).get(part)
+    return getattr(e, part) | (json.loads(json.dumps(asdict(full()))) if full else {})
 
 # %% ../nbs/41_runs.ipynb #9f5122af
 STAGES = {"prepare": 2, "train": 3, "evaluate": 6, "report": 5}
