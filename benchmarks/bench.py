@@ -166,9 +166,9 @@ def training(steps=10**6, batch=16):
         people = [phantom.healthy(i, ("T2w",)) for i in range(4)]
         write_cohort(Path(place)/"cohort", [Item(dict(subject_id=p.subject_id, contrast="T2w", pathology="healthy", split="train", val_fold=0 if i == 3 else -1), p.images["T2w"], p.brain_mask) for i, p in enumerate(people)], 4)
         cohort = Cohort(Path(place)/"cohort")
-        for name, noise in (("ddpm", "simplex noise"), ("ddpm_gaussian", "Gaussian noise")):
-            config, settings = model_config({k: v for k, v in demo.items() if name == "ddpm" or k in GaussianDDPMConfig.__dataclass_fields__} | dict(name=name)), TrainConfig(steps=steps, batch_size=batch, lr=1e-4, precision="float32")
-            ours = _Training(cohort, "T2w", 0, config, settings, Path(place)/name, "cpu", tensorboard=False, team=Team(), stop=lambda: False, tell=lambda *a, **k: None)
+        for name, noise, precision in (("ddpm", "simplex noise", "float32"), ("ddpm", "simplex noise", "bf16"), ("ddpm_gaussian", "Gaussian noise", "float32")):
+            config, settings = model_config({k: v for k, v in demo.items() if name == "ddpm" or k in GaussianDDPMConfig.__dataclass_fields__} | dict(name=name)), TrainConfig(steps=steps, batch_size=batch, lr=1e-4, precision=precision)
+            ours = _Training(cohort, "T2w", 0, config, settings, Path(place)/f"{name}-{precision}", "cpu", tensorboard=False, team=Team(), stop=lambda: False, tell=lambda *a, **k: None)
             slices = take_slices(cohort, slice_index(cohort, ours.rows["train"]))
             theirs = peers.MonaiLoop(slices, Denoiser(config), batch, settings.lr, simplex=name == "ddpm")
             theirs.network.denoiser.load_state_dict(ours.model.denoiser.state_dict())
@@ -176,10 +176,15 @@ def training(steps=10**6, batch=16):
                 g = torch.Generator().manual_seed(0)
                 for p in ours.model.parameters(): p.data.add_(.02 * torch.randn(p.shape, generator=g))      # layers that start at zero would keep the gradient from the others
                 theirs.network.denoiser.load_state_dict(ours.model.denoiser.state_dict())
-                d = same_loss(ours.model, theirs, torch.from_numpy(slices[:batch]))
-                return f"loss and gradient on the same noise to {d:.0e}"
-            yield Row(f"training step, demo U-Net ({parameter_count(ours.model):,} parameters), batch {batch}, {noise}",
-                      f"MONAI: DiffusionInferer, DataLoader, the same network; {'opensimplex with numba' if name == 'ddpm' else 'torch.randn'}", lambda: _advance(ours), theirs.step, same, 1.3 if name == "ddpm" else None)
+                x = torch.from_numpy(slices[:batch])
+                d = same_loss(ours.model, theirs, x)
+                if precision == "float32": return f"loss and gradient on the same noise to {d:.0e}"
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rounded = float(ours.model.loss(x, torch.Generator().manual_seed(0)))
+                with torch.no_grad(): r = abs(rounded / float(ours.model.loss(x, torch.Generator().manual_seed(0))) - 1)
+                assert r < .01, r
+                return f"loss to {r:.0e} of that in float32"
+            yield Row(f"training step, demo U-Net ({parameter_count(ours.model):,} parameters), batch {batch}, {noise}{', train.precision: bf16 (the peer in float32)' * (precision == 'bf16')}",
+                      f"MONAI: DiffusionInferer, DataLoader, the same network; {'opensimplex with numba' if name == 'ddpm' else 'torch.randn'}", lambda: _advance(ours), theirs.step, same, 1.3 if (name, precision) == ("ddpm", "float32") else None)
 
 def same_loss(model, loop, x) -> float:
     "The largest relative difference of loss and of each weight's gradient, of our loss and the loop's on the same steps and noise. (MONAI's table of the cosine schedule is shifted by one step: both get ours.)"

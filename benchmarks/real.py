@@ -121,7 +121,7 @@ def page(t, p, of_study) -> str:
 
 Weights: *virtual* are those that come with this package (a DDPM of 1.2 million parameters, trained on 300 brains that a program made); *real* is the same network trained on healthy T1w scans of the OASIS subjects by `uad run real-t1`
 (they are not part of this package). Thresholds are set on healthy scans of the weights' own kind ({', '.join(f"{n} for {named[w]}" for w, n in healthy.items())}), no lesion was seen; plain intensity has none, for it reaches its largest value in healthy brains.
-*Best possible* is the Dice of the threshold that nobody knows. Dice in percent, on the scan's own grid; *judged* is the share of the brain that was looked at.
+*Best possible* is the highest Dice of any threshold on the written map, which nobody knows beforehand; a hair below the own threshold's in places, for the marks are made on the grid of 2 mm, without small components, and then carried back. Dice in percent, on the scan's own grid; *judged* is the share of the brain that was looked at.
 A handful of scans supports no claim; they show what happens.
 
 ## With a lesion

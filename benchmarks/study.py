@@ -1,8 +1,8 @@
-"""The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT."""
-import sys
+"""The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT, and of a study of several models docs/NAME.png and docs/NAME-cost.png."""
+import shutil, sys
 from pathlib import Path
 from uad_study.results import NAMES, open_results, score_label
-from uad_study.tables import cautions, table_dice, table_false_positives, table_restorations, table_tests, table_thresholds, table_variants
+from uad_study.tables import cautions, table_cost, table_dice, table_false_positives, table_matrix, table_restorations, table_tests, table_thresholds, table_variants
 
 
 def markdown(cells) -> str:
@@ -18,6 +18,14 @@ def auprc(r) -> list[list[str]]:
             line = [t.auprc_pooled.mean() if len(t := r.rows(model=m, score=s, pathology=p)) else None for p in r.pathologies]
             if any(v is not None for v in line): cells.append([m, score_label(s), *("" if v is None else f"{v:.3f}" for v in line)])
     return [*cells, ["", "prevalence", *(f"{r.rows(pathology=p, model=r.models[0]).prevalence.mean():.3f}" for p in r.pathologies)]]
+
+
+def matrix(r, out, name) -> list[str]:
+    "The matrix as a section, its two figures copied to docs; [] for a study of one model."
+    if not (t := table_matrix(r)).rows: return []
+    docs = Path(__file__).parents[1]/"docs"
+    for figure, copy in (("matrix", f"{name}.png"), ("cost", f"{name}-cost.png")): shutil.copyfile(Path(out)/"figures"/f"{figure}.png", docs/copy)
+    return ["## Which model, which score, at what cost?", f"![Every model with every score on every pathology, and what it costs](../docs/{name}.png)", f"![Dice against seconds a volume and parameters](../docs/{name}-cost.png)", markdown(t), *t.notes, markdown(table_cost(r)), *table_cost(r).notes]
 
 
 def lengths(r) -> list[list[str]]:
@@ -36,7 +44,7 @@ def main(out, name):
     unique = {t["key"]: t for t in r.trainings if t}.values()
     trainings = [["training", "parameters", "steps", "best step", "validation loss", "minutes"], *([t["label"], f"{q['parameters']:,}", q["steps"], q["best_step"], f"{q['best_val_loss']:.4f}", f"{q['train_seconds'] / 60:.1f}"] for t in unique for q in [t["results"]])]
     parts = [f"# {r.title}", f"`uad run {r.study}`, then `python benchmarks/study.py OUT {name}`: {p['time'][:10]}, commit {commits}, {p['device']}, {p['cores']} cores, torch {p['packages']['torch']}. "
-             "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), "## Dice (%)", markdown(table_dice(r)), "## SSIM-ens against l1", markdown(table_tests(r)),
+             "Other work may have run beside it: minutes are an upper bound.", "\n".join(f"- {n}" for n in notes), *matrix(r, out, name), "## Dice (%)", markdown(table_dice(r)), *table_dice(r).notes, "## SSIM-ens against l1", markdown(table_tests(r)),
              "## AUPRC, pooled", markdown(auprc(r)), "## Thresholds", markdown(table_thresholds(r)), "## False marks in healthy scans", markdown(table_false_positives(r)), "## Restorations", markdown(table_restorations(r))]
     val = r.restorations[(r.restorations.split == "val") & (r.restorations.pathology == "healthy")].groupby(["model", "contrast"], sort=False)[["l1", "ssim"]].mean()
     parts += ["Healthy validation volumes:", markdown([["model", "contrast", "l1 (brain)", "SSIM (sigma 1.5)"], *([m, c, f"{v.l1:.4f}", f"{v.ssim:.3f}"] for (m, c), v in val.iterrows())])]

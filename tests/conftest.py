@@ -15,9 +15,14 @@ engine: {threads: 1}
 """
 
 
+LONG = ("test_run_faults.py", "test_judge.py", "test_models.py", "test_browser.py", "test_study.py", "test_dataset.py", "test_scan.py", "test_realdata.py", "test_shipped.py", "test_mahalanobis.py", "test_faults.py")
+
+
 def pytest_collection_modifyitems(items):
-    "Workers of pytest-xdist take whole files, so that what a file sets up is set up once; and one of them all that needs the tiny study."
-    for item in items: item.add_marker(pytest.mark.xdist_group("tiny study" if "tiny_out" in item.fixturenames else item.path.name))
+    "Workers of pytest-xdist take whole files, so that what a file sets up is set up once; the longest first, so that none is left alone with one at the end."
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+    for item in items: item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def command(*args): return [sys.executable, "-c", "from uad_study.cli import main; main()", *map(str, args)]

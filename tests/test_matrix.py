@@ -130,10 +130,13 @@ def test_the_report_has_it(tmp_path):
     for f in old.glob("evaluate*/seconds.csv"): f.unlink()
     older = Results("Old", "old", old/"cohort", [old/"evaluate", old/"evaluate-dae"])                            # as runs were before seconds were recorded
     assert not len(older.seconds) and matrix(older).seconds.isna().all() and "not recorded" in html(table_matrix(older)) and figure_matrix(older) is not None
-    write_report(older, tmp_path/"report")
+    heard = []
+    write_report(older, tmp_path/"report", tick=heard.append)
+    assert {"figure matrix", "figure cost", "interactive.html"} <= set(heard)
     page, m = (tmp_path/"report"/"report.html").read_text(), pd.read_csv(tmp_path/"report"/"tables"/"matrix.csv", keep_default_na=False, na_values=[""])
     assert list(m) == MATRIX and np.allclose(m.dice, matrix(older).dice) and set(m.why) == {"not recorded"}
-    for words in ("The matrix: which model, which score, at what cost?", "<table id='matrix'>", "<table id='cost'>", "What does a point of Dice cost?"): assert words in page
+    for words in ("The matrix: which model, which score, at what cost?", "<table id='matrix'>", "<table id='cost'>", "What does a point of Dice cost?", "<h2 id='Words'>"): assert words in page
+    assert "cases.html" not in page
     assert {"matrix.png", "matrix.pdf", "cost.png", "cost.pdf"} <= {f.name for f in (tmp_path/"report"/"figures").iterdir()} and (tmp_path/"report"/"tables"/"matrix.tex").is_file()
 
 

@@ -68,7 +68,7 @@ def test_the_training_notebook_shows_restorations(out):
 
 def test_bad_settings_are_one_line(tmp_path):
     for line, words in (("models: [{name: ae, chanels: [8]}]", ("models[0]", "'chanels'", "did you mean 'channels'")), ("models: [{name: dae, noise_std: much}]", ("noise_std", "float")),
-                        ("models: [unet]", ("'unet'", "Known: ae, vae, dae, ddpm, ddpm_gaussian")), ("models: [{name: ae, kernel_size: 4}]", ("model.kernel_size", "odd")),
+                        ("models: [unet]", ("'unet'", "known are ae, vae, dae, ddpm, ddpm_gaussian")), ("models: [{name: ae, kernel_size: 4}]", ("model.kernel_size", "odd")),
                         ("models: [{name: ddpm, channels: 32}]", ("'channels'", "[32]")), ("models: [{name: ae, size: 64}]", ("model.size", "96")), ("train: {lr: .nan}", ("'lr'", "finite")),
                         ("restore: {sampler: dim}", ("restore.sampler", "did you mean 'ddim'")), ("models: [{name: vae, train: {precision: fp8}}]", ("train.precision", "bf16"))):
         (tmp_path/"s.yaml").write_text(f"format: uad-study/1\n{line}\n")

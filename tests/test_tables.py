@@ -310,3 +310,14 @@ def test_a_table_by_hand():
     t.add("x", Cell("1.0", "0, 2", ("best", "down")))
     assert list(t) == [["a", "b"], ["x", "1.0↓* [0, 2]"]] and len(t) == 2 and t[1] == ["x", "1.0↓* [0, 2]"]
     assert tables.number(float("nan"), why="no lesion on the grid").text == "no lesion on the grid" and tables.number(2, "d").text == "2"
+
+
+def test_what_is_at_chance_is_neither_best_nor_compared(study):
+    "Of a score whose AUPRC is that of a flat map: a dagger, no bold, no arrow, and a word below; others are marked as before."
+    flat = (study.pooled.pathology == "ms") & (study.pooled.score != "l1")
+    t = complete(table_dice(changed(study, pooled=study.pooled.assign(auprc_pooled=study.pooled.auprc_pooled.where(~flat, study.pooled.chance)))))
+    plain = table_dice(study)
+    for r in [r for r in t.rows if r[0].text == "ddpm"]:
+        assert r[3].text.endswith("†") == (r[1].text != "l1") and r[2] == row(plain, "ddpm", r[1].text)[2]
+        assert r[3].marks == (("best",) if r[1].text == "l1" else ()), r[1].text
+    assert any(n.startswith("†: no better than chance") for n in t.notes) and not any("†" in n for n in plain.notes)

@@ -238,22 +238,24 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None,
            interactive: Annotated[bool, typer.Option("--interactive", help="Also cases.html: a file to mail, in which slice, sigma and threshold of chosen cases are dragged.")] = False,
            cases: Annotated[Optional[list[str]], typer.Option("--case", metavar="SUBJECT", help="With --interactive: this test subject (may be given several times; default: a typical one and the worst of each pathology).")] = None):
-    "Write the report and its tables from finished evaluations, in seconds. Says what is missing; refuses runs that don't belong together, naming the difference."
+    "Write the report and its tables from finished evaluations, in a minute or two. Says what is missing; refuses runs that don't belong together, naming the difference."
+    from tqdm import tqdm
     from uad_study.report import write_report
     from uad_study.results import gather
     folders = folders or [Path("runs/demo")]
     out, results = out or (folders[0] if len(folders) == 1 else Path("runs/report")), gather(folders)
     for n in results.notes: print(f"missing: {n}", file=sys.stderr)
     if cases and not interactive: raise UadError("--case: is for --interactive: add that")
-    write_report(results, out)
-    print(f"report: {Path(out)/'report.html'}")
     if interactive:
         from uad_study.page import write_page
         if results.cohort is None: raise UadError(f"{folders[0]}: the volumes are not there, so no case can be shown: name the folder of results where they are")
         ids = results.cohort.table.subject_id
         if missing := [c for c in cases or () if c not in set(ids)]: raise UadError(f"--case: {missing[0]!r} is no subject of the cohort, such as {ids.iloc[-1]}")
-        write_page(results, Path(out)/"cases.html", [i for c in cases for i in ids.index[ids == c]] if cases else None)
-        print(f"cases:  {Path(out)/'cases.html'}")
+    with tqdm(bar_format="{desc} ({elapsed})", delay=1, leave=False) as bar:
+        tick = lambda what: bar.set_description_str(f"writing {what}")
+        if interactive: write_page(results, Path(out)/"cases.html", [i for c in cases for i in ids.index[ids == c]] if cases else None, tick=tick)
+        write_report(results, out, "cases.html" * interactive, tick)
+    print(f"report: {Path(out)/'report.html'}" + f"\ncases:  {Path(out)/'cases.html'}" * interactive)
 
 # %% ../nbs/59_cli.ipynb #532ef8b2
 @app.command()

@@ -140,7 +140,7 @@ def placeless(value):
 def nearest(name, known) -> str:
     "The end of an error message about an unknown name: the closest known one, and all of them."
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "Known: " + ", ".join(str(k) for k in known)
+    return (f"did you mean {close[0]!r}? " if close else "") + "known are " + ", ".join(str(k) for k in known)
 
 def choice(name, known, what: str):
     "Return `name` if it is among `known`, else raise a `UadError` that lists them. `what` names the setting."

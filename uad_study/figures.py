@@ -18,7 +18,7 @@ from .metrics import bootstrap_interval
 from .postprocess import components, postprocess
 from .results import NAMES, Results, headline_rule, mean_std, per_patient, score_label, score_order
 from .scores import DRAWN, ENSEMBLES, OWN, PLAIN, SIGMAS
-from .tables import CHANCE, NO_MODEL, cost, matrix, matrix_shown, over_contrasts, variant_effects
+from .tables import CHANCE, NO_MODEL, at_chance, cost, matrix, matrix_shown, over_contrasts, variant_effects
 
 # %% ../nbs/44_figures.ipynb #16a0f9b3
 class _Colors(dict):
@@ -132,6 +132,7 @@ def figure_sigma(results: Results, model: str | None = None):
             if np.isfinite(mean).any(): best = int(np.nanargmax(mean)); ax.plot(sigmas[best], mean[best], "*", color=COLORS["ssim"], mec="k", mew=.6, ms=11, zorder=5, label="best sigma on the test set")
         if results.rows(model=model, pathology=p).dice.isna().all(): ax.text(.5, .5, "no threshold", ha="center", color="0.4", transform=ax.transAxes); ax.set_yticks([])
         ax.set(ylim=(0, None), xlim=(.2, 1.97), xticks=np.arange(.3, 1.8, .4))
+        if all(at_chance(results.rows(model=model, pathology=p, score=s)) for s in results.main_scores(model)): ax.set_facecolor("0.94"); ax.text(.98, .05, "no better than chance", ha="right", color="0.3", fontsize=7, transform=ax.transAxes)
         if not strip: continue
         sigmas, (mean, lo, hi) = _by_sigma(results, "perfect map", p, "truth")
         top.plot(sigmas, mean, **_look("truth") | dict(ms=3), label="ceiling: truth, blurred"); top.fill_between(sigmas, lo, hi, color=COLORS["perfect map"], alpha=.25, lw=0)

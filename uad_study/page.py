@@ -458,10 +458,10 @@ def _first_with_restorations(results) -> tuple[str, int]:
             if label == model and any(folder.glob("reconstructions-*/reconstructions.json")): return model, int(e["parameters"]["fold"])
     raise UadError(f"{results.evaluate_dirs[0]}: no restoration is on this disk: write the page where the study ran")
 
-def write_page(results: Results, file, cases=None, n: int = 4):
+def write_page(results: Results, file, cases=None, n: int = 4, tick=None):
     """Write one self-contained HTML file in which slice, sigma and threshold of chosen cases are dragged; whole or not at all, the same bytes for the same results.
 
-    `cases`: rows of the cohort, test cases of the first model with restorations; None: see `choose_cases` (at most `n`). Raises `UadError` where the volumes or the restorations are not on the disk, and for other rows."""
+    `cases`: rows of the cohort, test cases of the first model with restorations; None: see `choose_cases` (at most `n`). `tick(what)` hears of each as it begins. Raises `UadError` where the volumes or the restorations are not on the disk, and for other rows."""
     if results.cohort is None: raise UadError(f"{results.evaluate_dirs[0]}: its volumes are not on this disk: write the page on the machine that has them")
     model, fold = _first_with_restorations(results)
     config, total = results.score_config(model), len(results.cohort.table)
@@ -469,7 +469,10 @@ def write_page(results: Results, file, cases=None, n: int = 4):
     if not chosen: raise UadError(f"{results.evaluate_dirs[0]}: {model} has no test case with a lesion: give rows of the cohort as cases")
     for r in chosen:
         if not 0 <= r < total: raise UadError(f"cases: the cohort has no row {r}: give rows from 0 to {total - 1}")
-    packed = [pack_case(results, model, fold, r, kind) for r, kind in chosen.items()]
+    packed = []
+    for r, kind in chosen.items():
+        if tick: tick(f"case {results.cohort.table.subject_id.iloc[r]}")
+        packed.append(pack_case(results, model, fold, r, kind))
     healthy = f"{100 * config.healthy_share:g} % of healthy validation scans carry at most {config.healthy_ml:g} mL"
     data = dict(cases=[says for says, _ in packed], own_scores=[[n, score_label(n)] for n in OWN if n == config.own], own=_OWN, last=_LAST, median=config.median, median_first=config.median_first, min_voxels=config.min_voxels, voxel_ml=VOXEL_ML,
                 colours=[FOUND, FALSE, MISSED], inferno=base64.b64encode(_inferno()).decode(), healthy=healthy)

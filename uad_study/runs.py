@@ -128,7 +128,7 @@ def read_study(study) -> Study:
     if raw.get("format") != STUDY: raise UadError(f"{where}: is of format {raw.get('format')!r}, but {STUDY!r} is needed: write the line 'format: {STUDY}'")
     checked = {k: from_dict(c, raw.get(k) or {}, f"{where}, {k}") for k, c in dict(data=DataConfig, prepare=PrepareConfig, train=TrainConfig, restore=RestoreConfig, scores=ScoreConfig, report=ReportConfig, engine=EngineConfig).items()}
     entries = _variants(raw, where, *_models(raw, where))
-    _say_left_out(raw, where, entries)
+    _say_left_out(raw, where, entries, log.info if str(study) in packaged_studies() else log.warning)             # the package's own were written that way
     return Study(Path(str(study)).stem, str(raw.get("title") or Path(str(study)).stem), _plain(checked["data"]), _plain(checked["prepare"]), entries, _plain(checked["report"]), checked["engine"])
 
 # %% ../nbs/41_runs.ipynb #1d9a0ac1
@@ -200,8 +200,8 @@ def _scores(given: dict, own: dict, model: str, restores: bool, where: str):
     if c.drawn and ("names" in own or c.drawn == c.names): raise UadError(f"{where}, scores.names: {c.drawn[0]} compares a scan with several restorations, and the model {model!r} restores always the same: remove it")
     return c.without_drawn()
 
-def _say_left_out(raw: dict, where: str, entries):
-    "Tell once which scores of the section `scores` are left out for which entries."
+def _say_left_out(raw: dict, where: str, entries, say=log.warning):
+    "Tell once which scores of the section `scores` are left out for which entries, by `say`."
     from uad_study.judge import ScoreConfig
     from uad_study.models import MODELS
     common, told = from_dict(ScoreConfig, raw.get("scores") or {}, where), {}
@@ -214,7 +214,7 @@ def _say_left_out(raw: dict, where: str, entries):
         if common.own: left((common.own,), "which make{s} no such map")
     for (lost, why), labels in told.items():
         one = len(labels) == 1
-        log.warning("%s: %s: left out for %s, %s", where, " and ".join(lost), ", ".join(labels), why.format(s="s" * one, **{"is": "is" if one else "are"}, its="its" if one else "their"))
+        say("%s: %s: left out for %s, %s", where, " and ".join(lost) if len(lost) < 5 else f"{', '.join(lost[:3])} and {len(lost) - 3} more scores", ", ".join(labels), why.format(s="s" * one, **{"is": "is" if one else "are"}, its="its" if one else "their"))
 
 # %% ../nbs/41_runs.ipynb #fd313566
 def _models(raw: dict, where: str) -> tuple[dict[str, Entry], dict[str, dict]]:

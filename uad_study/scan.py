@@ -63,7 +63,7 @@ class ScanResult:
 
     @property
     def volume_ml(self) -> float:
-        "What was found, mL of the patient."
+        "The volume of the mask on the scan's own grid, mL."
         return sum(p["volume_ml"] for p in self.parts)
 
 # %% ../nbs/54_scan.ipynb #f5e6b360
@@ -97,16 +97,28 @@ def choose_threshold(weights: Weights, score: str, threshold: float | None = Non
     return float(weights.thresholds[score]), f"{100 * s.healthy_share:g} % of the {weights.card.get('healthy', {}).get('n', '')} healthy validation scans carry at most {s.healthy_ml:g} mL above it"
 
 # %% ../nbs/54_scan.ipynb #3d39ccd2
+def _native_ml(labels, n: int, prepared: Prepared) -> list[float]:
+    "mL of each label 0..`n` of `labels` (H, W, D, none cut) in the mask that `to_native` makes of them, voxels of the scan each counted for the nearest label."
+    from scipy.ndimage import distance_transform_edt
+    if not n: return [0.]
+    fine = prepared.fine
+    to_scan, to_grid = np.asarray(fine["scan_affine"]), np.linalg.inv(fine["grid_affine"])
+    move, at = to_grid @ fine["to_atlas"] @ to_scan, np.argwhere(to_native(labels > 0, prepared))
+    ijk = np.rint(at @ move[:3, :3].T + move[:3, 3]).astype(int).clip(0, np.array(labels.shape) - 1)
+    near = labels[tuple(distance_transform_edt(labels == 0, return_distances=False, return_indices=True))]
+    return (np.bincount(near[tuple(ijk.T)], minlength=n + 1) * abs(np.linalg.det(to_scan[:3, :3])) / 1000).tolist()
+
 def found_parts(found, score_map, prepared: Prepared) -> list[dict]:
-    """The 26-connected components of `found` (H, W, D), largest first: volume_ml and centre_mm (RAS) in the scan, atlas_ml and atlas_mm in the atlas, peak of `score_map`, voxels (on the grid)."""
+    """The 26-connected components of `found` (H, W, D), largest first: volume_ml (of the mask on the scan's grid, each of its voxels given to the nearest component: together they are that mask) and centre_mm (RAS) in the scan,
+    atlas_ml and atlas_mm in the atlas, peak of `score_map`, voxels (on the study's grid)."""
     labels, n = labelled(found)
-    scale, back, parts = float(abs(np.linalg.det(prepared.to_atlas[:3, :3]))), np.linalg.inv(prepared.to_atlas), []
+    back, native, parts = np.linalg.inv(prepared.to_atlas), _native_ml(labels, n, prepared), []
     for k in range(1, n + 1):
         where = np.argwhere(labels == k)
         atlas = prepared.grid_affine @ [*where.mean(0), 1]
-        parts.append(dict(volume_ml=len(where) * VOXEL_ML / scale, centre_mm=(back @ atlas)[:3].round(1).tolist(), peak=float(score_map[labels == k].max()),
+        parts.append(dict(volume_ml=native[k], centre_mm=(back @ atlas)[:3].round(1).tolist(), peak=float(score_map[labels == k].max()),
                           atlas_ml=len(where) * VOXEL_ML, atlas_mm=atlas[:3].round(1).tolist(), voxels=len(where)))
-    return sorted(parts, key=lambda p: -p["voxels"])
+    return sorted(parts, key=lambda p: (-p["volume_ml"], -p["voxels"]))
 
 def judged_share(prepared: Prepared, erode: int) -> float:
     "The share of the brain that is looked at: inside the grid's field of view, and inside the rim that erosion takes away."
@@ -151,13 +163,15 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             maps = maps_of_volume(p.image, x_hat, p.brain_mask, c.names_for(weights.contrast), c, draws)
             maps = dict(zip(maps, postprocess(np.stack(list(maps.values())), p.brain_mask, c.erode, c.median, median_first=c.median_first)))
             found = components(maps[score] > threshold, c.min_voxels)
-        with _step(seconds, "compare"): far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
+        with _step(seconds, "compare"):
+            far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
+            if note: far |= dict(verdict="out")
     notes = [n for n in (note, few_note(weights)) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
     return ScanResult(scan, p, weights, score, threshold, source, state, None if weights.scores.own else x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
 
 # %% ../nbs/54_scan.ipynb #e18e365e
 SUMMARY = "uad-score/1"
-SCORE_VERSION = 3
+SCORE_VERSION = 4
 "Raised when a change alters what is written: part of a scan's key."
 
 def _stem(file) -> str: return re.sub(r"\.nii(\.gz)?$", "", Path(file).name, flags=re.I)
@@ -180,13 +194,12 @@ def trained_on(weights: Weights) -> str:
     n, source = weights.card.get("training", {}).get("subjects"), weights.card.get("data", {}).get("source")
     return f"trained on {n} healthy subjects ({source})" if n and source else ""
 
-def summary_of(result: ScanResult, native: dict | None = None, most: int = 20) -> dict:
-    "What `summary.json` says (without its key and files): plain values, no place of this machine. `native`: `result.native()`, if it is at hand."
-    s, voxel = result.scan, abs(np.linalg.det(result.scan.affine[:3, :3])) / 1000
-    native, meta = native or result.native(), result.prepared.meta
+def summary_of(result: ScanResult, most: int = 20) -> dict:
+    "What `summary.json` says (without its key and files): plain values, no place of this machine. `volume_ml` is that of the mask file, `atlas_ml` what it comes to in the atlas."
+    s, meta = result.scan, result.prepared.meta
     return dict(research_only=RESEARCH_ONLY, scan=dict(file=Path(s.path).name, sha256=_sha(s.path), shape=list(s.data.shape), spacing_mm=np.linalg.norm(s.affine[:3, :3], axis=0).round(3).tolist(), axes=s.axes, state=result.state),
                 weights=result.weights.name, weights_sha256=str(result.weights.card.get("tensors_sha256", "")), trained_on=trained_on(result.weights), contrast=result.weights.contrast, score=result.score, threshold=result.threshold, threshold_from=result.threshold_from,
-                judged_share=round(judged_share(result.prepared, result.weights.scores.erode), 3), volume_ml=round(result.volume_ml, 3), mask_ml=round(float(native["mask"].sum() * voxel), 3), atlas_ml=round(float(result.found.sum() * VOXEL_ML), 3), n_components=len(result.parts),
+                judged_share=round(judged_share(result.prepared, result.weights.scores.erode), 3), volume_ml=round(result.volume_ml, 3), atlas_ml=round(float(result.found.sum() * VOXEL_ML), 3), n_components=len(result.parts),
                 components=[{k: round(v, 4) if isinstance(v, float) else v for k, v in p.items()} for p in result.parts[:most]], verdict=result.distance["verdict"], distance=result.distance, notes=result.notes,
                 preparation={k: round(v, 4) if isinstance(v, float) else v for k, v in meta.items() if not k.startswith("seconds")}, seconds=result.seconds, seconds_of_preparation={k[8:]: round(v, 2) for k, v in meta.items() if k.startswith("seconds")}, uad_study=__version__)
 
@@ -210,7 +223,7 @@ def write_scan(result: ScanResult, folder, key: str = "") -> dict:
         for k in native: save_volume(tmp/names[k], native[k], result.scan.affine, result.scan.axes)
         np.savez_compressed(tmp/names["scores"], image=p.image.astype(g), brain_mask=p.brain_mask, **({} if result.reconstruction is None else {"reconstruction": result.reconstruction.astype(g)}), affine=p.grid_affine, **{k: m.astype(g) for k, m in result.maps.items()})
         save_transform(tmp/names["transform"], p)
-        summary = summary_of(result, native) | dict(key=key)
+        summary = summary_of(result) | dict(key=key)
         summary["seconds"] = summary["seconds"] | dict(write=round(time.perf_counter() - clock, 2))
         (tmp/"index.html").write_text(scan_page(result, summary, names), encoding="utf-8")
         summary["files"] = {f.name: file_sha256(f) for f in sorted(tmp.iterdir())}
@@ -266,7 +279,7 @@ h1{font-size:1.5rem;line-height:1.2;margin:0 0 .2rem;overflow-wrap:anywhere}h2{f
 b.in{color:var(--in)!important}b.borderline{color:var(--borderline)!important}b.out{color:var(--out)!important}b.unknown{color:var(--soft)!important}
 .planes{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.5rem .6rem}.planes h3{font-size:.9rem;font-weight:600;margin:0}figure{margin:0;position:relative;background:#000;border-radius:.35rem;overflow:hidden}figure img{width:100%;height:auto;display:block;image-rendering:pixelated}
 figure i{position:absolute;font:600 .75rem system-ui;color:#d5dae1;text-shadow:0 0 3px #000,0 0 3px #000}figure .l{left:.4rem;top:.25rem}figure .r{right:.4rem;top:.25rem}
-.bar{display:inline-block;width:9rem;height:.7rem;vertical-align:-1px;border-radius:2px;position:relative;margin:0 .4rem}.bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:var(--ink);outline:1px solid var(--page)}.key s{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;vertical-align:-1px;margin-right:.3rem}
+.whole{white-space:nowrap}.bar{display:inline-block;width:9rem;height:.7rem;vertical-align:-1px;border-radius:2px;position:relative;margin:0 .4rem}.bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:var(--ink);outline:1px solid var(--page)}.key s{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;vertical-align:-1px;margin-right:.3rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.87rem}th,td{padding:.28rem .8rem .28rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th{font-weight:600;color:var(--soft)}th:first-child,td:first-child{text-align:left}
 details{margin:1rem 0}summary{cursor:pointer}code{font-size:.82rem;overflow-wrap:anywhere}.foot{font-size:.82rem;color:var(--faint)}
 @media(max-width:44rem){.facts{grid-template-columns:repeat(2,minmax(0,1fr))}.planes{grid-template-columns:repeat(2,minmax(0,1fr))}.planes h3{display:none}}@media print{*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
@@ -283,6 +296,8 @@ def _picture(pixels, alt: str, ends: str) -> str:
     if (pixels == pixels[..., :1]).all(): image = image.convert("L")
     image.save(buffer, "png", optimize=True)
     return f"<figure><img alt='{html.escape(alt, quote=True)}' width={pixels.shape[1]} height={pixels.shape[0]} src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'><i class=l>{ends[0]}</i><i class=r>{ends[1]}</i></figure>"
+
+def _marked(note: str) -> str: return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(note))
 
 def _judged(result: ScanResult, s: dict) -> str:
     "What of the brain was looked at, and what not, as a paragraph."
@@ -309,7 +324,7 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
     e, s, (pictures, top) = html.escape, summary, scan_pictures(result)
     label, verdict = s["scan"]["file"] or "scan", s["verdict"]
     inferno = "linear-gradient(90deg,#000004,#57106e,#bc3754,#f98e09,#fcffa4)"
-    notes = "".join(f"<p>{e(n)}</p>" for n in s["notes"]) + (f"<p>This scan is {_VERDICTS[verdict]}.</p>" if verdict != "in" else "")
+    notes = "".join(f"<p>{_marked(n)}</p>" for n in s["notes"]) + (f"<p>This scan is {_VERDICTS[verdict]}.</p>" if verdict != "in" else "")
     facts = [(f"{s['volume_ml']:.1f} mL", "above the threshold"), (str(s["n_components"]), "components"), (f"<span>{e(verdict)}</span>", _VERDICTS[verdict]), (e(s["weights"]), f"weights for {s['contrast']}" + (f", {s['trained_on']}" if s["trained_on"] else ""))]
     boxes = "".join(f"<div><b class={verdict if i == 2 else 'x'}>{a}</b>{e(b)}</div>" for i, (a, b) in enumerate(facts))
     own, shown = result.weights.scores.own, {k: t for k, t in _KINDS.items() if ("axial", k) in pictures}
@@ -319,11 +334,11 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'\"><meta name=viewport content='width=device-width,initial-scale=1'>"
             f"<meta name=generator content='{SUMMARY}'><link rel=icon href='data:,'><title>{e(label)}</title><style>{_STYLE}</style></head><body><h1>{e(label)}</h1><p class=lead>{e(s['contrast'])}, {how}.</p>"
             f"<div class=note><p><b>{html.escape(RESEARCH_ONLY)}</b></p>{notes}</div><div class=facts>{boxes}</div><div class=planes{' style=grid-template-columns:repeat(3,minmax(0,1fr))' * (len(shown) == 3)}>{grid}</div>"
-            f"<p class='key foot'>Planes through {'the largest component' if s['n_components'] else 'the highest score'}; L, R, P, A: the person’s left, right, back and front. Map: 0<span class=bar style='background:{inferno}'><u style='left:{min(100, 100 * s['threshold'] / top):.1f}%'></u></span>{top:.2f}, the mark at the threshold {s['threshold']:.3f}"
-            f" ({e(s['threshold_from'])}). <s style='background:rgb{FOUND_COLOR}'></s>above it.</p>"
+            f"<p class='key foot'>Planes through {'the largest component' if s['n_components'] else 'the highest score'}; L, R, P, A: the person’s left, right, back and front. Map: <span class=whole>0<span class=bar style='background:{inferno}'><u style='left:{min(100, 100 * s['threshold'] / top):.1f}%'></u></span>{top:.2f}</span>, the mark at the threshold {s['threshold']:.3f}"
+            f" ({e(s['threshold_from'])}). <span class=whole><s style='background:rgb{FOUND_COLOR}'></s>above it.</span></p>"
             f"<h2>What is above the threshold</h2>{_judged(result, s)}{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'], own)}"
             f"<details><summary>Files, preparation, time</summary><p>{'<br>'.join(f'<code>{e(n)}</code> {k}' for k, n in names.items())}</p><p>Brain mask: {e(str(s['preparation'].get('mask_method', '')))}; it overlaps the atlas’s by Dice {s['preparation'].get('mask_dice', float('nan')):.2f}. Brain {s['preparation'].get('brain_ml', float('nan')):.0f} mL in the atlas."
-            f" Mask file: {s['mask_ml']:.2f} mL in the scan’s voxels; {s['atlas_ml']:.2f} mL in the atlas. It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
+            f" Volumes are those of the mask file, in the scan’s voxels ({s['atlas_ml']:.2f} mL in the atlas). It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
 
 # %% ../nbs/54_scan.ipynb #867601d9
 _LEFT_OUT = {"mask", "dseg", "seg", "probseg", "statmap", "gold", "lesion", "flair", "t2f", "t1c", "t1ce", "t1gd", "t2star", "t2starw", "t1map", "t2map", "swi", "pdw", "pd", "bold", "dwi"}
@@ -352,7 +367,7 @@ def weights_for(name: str, contrast: str = "", scans=(), device: str = "cpu") ->
     if not contrast and family and str(name) not in packaged_weights() and not any((Path(name)/f).is_file() for f in (f"models/{CARD}", "run.json")):
         said = {m[1] if (m := re.search(r"_(T1w|T2w)$", _stem(f))) else "" for s in map(Path, scans) for f in (_inside(s) if s.is_dir() else [s])}
         contrast = said.pop() if len(said) == 1 and said & {"T1w", "T2w"} else family[0] if len(family) == 1 else ""
-        if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not all end in the same of _T1w and _T2w")
+        if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not tell (they would, if all ended in _T1w or all in _T2w)")
     return load_weights(name, contrast or None, device)
 
 def mask_for(path: Path, pattern: str) -> Path:
@@ -419,6 +434,7 @@ def score_files(files, weights: Weights, out, brain_mask: str = "", tick=None, *
         rows.append(row)
         if tick: tick(row)
     table = pd.DataFrame(rows)
+    if (table.how == "failed").all() and not len(before): return table                                            # nothing to list: a folder that was somebody else's stays as it was
     kept = before[[(l not in set(table.label)) and (out/l/"summary.json").is_file() for l in before.label]] if len(before) else before
     listed = table.assign(error=[placeless(e) for e in table.error])
     with atomic_file(out/"scores.csv") as tmp: (pd.concat([kept, listed]) if len(kept) else listed).to_csv(tmp, index=False)
