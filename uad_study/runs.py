@@ -276,8 +276,14 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
         if _said(e.model) != _said(bases[base].model): label = _said(e.model, label)
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
-        entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
+        entries[label] = replace(e, label=label, base=base, says="; ".join(_change(k, old.get(k), x) for k, x in changed.items()))
     return tuple(entries.values())
+
+def _change(setting: str, old, new) -> str:
+    "What a changed setting says: 'train.lr 0.001 → 0.01', or of long lists of names 'scores.names: with l1_ssim, without l2'."
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 6): return f"{setting} {old} → {new}"
+    parts = [f"{word} {', '.join(map(str, names))}" for word, names in (("with", [n for n in new if n not in old]), ("without", [n for n in old if n not in new])) if names]
+    return f"{setting}: {', '.join(parts) or 'in another order'}"
 
 def _whole(e: Entry, part: str) -> dict:
     "The plain settings of a part of an entry, defaults that leave no trace among them."
