@@ -174,7 +174,7 @@ def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
     "A model's raw settings, with the SHA-256 of the file `encoder_file` in its place; and that file, '' where none is asked for. Raises `UadError` for a file that does not fit."
     from uad_study.models import MODELS, ModelConfig
     if "encoder_sha256" in settings: raise UadError(f"{where}, encoder_sha256: is found from encoder_file: name that instead")
-    if not hasattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "first") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
+    if not hasattr(getattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "Config", None), "encoder_sha256") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
     from uad_study.fae import read_encoder
     settings, file = {k: v for k, v in settings.items() if k != "encoder_file"}, settings.get("encoder_file", "")
     if not isinstance(file, str): raise UadError(f"{where}, encoder_file: must be the path of a file, not {file!r}")
@@ -288,7 +288,9 @@ def _change(setting: str, old, new) -> str:
 def _whole(e: Entry, part: str) -> dict:
     "The plain settings of a part of an entry, defaults that leave no trace among them."
     from uad_study.judge import ScoreConfig
-    return getattr(e, part) | (json.loads(json.dumps(asdict(from_dict(ScoreConfig, e.scores)))) if part == "scores" else {})
+    from uad_study.models import model_config
+    full = dict(scores=lambda: from_dict(ScoreConfig, e.scores), model=lambda: model_config(e.model)).get(part)
+    return getattr(e, part) | (json.loads(json.dumps(asdict(full()))) if full else {})
 
 # %% ../nbs/41_runs.ipynb #9f5122af
 STAGES = {"prepare": 2, "train": 3, "evaluate": 6, "report": 5}
