@@ -161,7 +161,7 @@ def demo(out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder
     _run(study, None, out or Path("runs")/study, False, "local", verbose)
 
 @app.command()
-def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, demo-full, demo-train, demo-models, ablation, matrix, matrix-demo, matrix-paper, paper, paper-data, real-t1, released-code, systems, weights) or a YAML file.")], data: Data = None,
+def run(study: Annotated[str, typer.Argument(help="A packaged study (demo, demo-full, demo-train, demo-models, ablation, matrix, matrix-demo, matrix-paper, paper, paper-data, pretrain, real-t1, released-code, systems, weights) or a YAML file.")], data: Data = None,
         out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of results (default: runs/STUDY).")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
         engine: Annotated[str, typer.Option(help="Where runs are executed: local, or slurm (as jobs of a cluster, see engine.slurm in the study).")] = "local",

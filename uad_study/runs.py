@@ -176,7 +176,7 @@ def _with_encoder(settings: dict, where: str) -> tuple[dict, str]:
     "A model's raw settings, with the SHA-256 of the file `encoder_file` in its place; and that file, '' where none is asked for. Raises `UadError` for a file that does not fit."
     from uad_study.models import MODELS, ModelConfig
     if "encoder_sha256" in settings: raise UadError(f"{where}, encoder_sha256: is found from encoder_file: name that instead")
-    if not hasattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "first") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
+    if not hasattr(getattr(MODELS.get(str(settings.get("name", ModelConfig.name))), "Config", None), "encoder_sha256") or not ("encoder_file" in settings or settings.get("encoder") == "imagenet"): return settings, ""
     from uad_study.fae import read_encoder
     settings, file = {k: v for k, v in settings.items() if k != "encoder_file"}, settings.get("encoder_file", "")
     if not isinstance(file, str): raise UadError(f"{where}, encoder_file: must be the path of a file, not {file!r}")
@@ -278,13 +278,21 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
         label = f"{base}, " + _label(v, ", ".join(f"{k.partition('.')[2]} {x}" for k, x in changed.items()), at)
         if _said(e.model) != _said(bases[base].model): label = _said(e.model, label)
         if label in entries: raise UadError(f"{at}: the label {label!r} appears twice: choose another")
-        entries[label] = replace(e, label=label, base=base, says="; ".join(f"{k} {old.get(k)} → {x}" for k, x in changed.items()))
+        entries[label] = replace(e, label=label, base=base, says="; ".join(_change(k, old.get(k), x) for k, x in changed.items()))
     return tuple(entries.values())
+
+def _change(setting: str, old, new) -> str:
+    "What a changed setting says: 'train.lr 0.001 → 0.01', or of long lists of names 'scores.names: with l1_ssim, without l2'."
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 6): return f"{setting} {old} → {new}"
+    parts = [f"{word} {', '.join(map(str, names))}" for word, names in (("with", [n for n in new if n not in old]), ("without", [n for n in old if n not in new])) if names]
+    return f"{setting}: {', '.join(parts) or 'in another order'}"
 
 def _whole(e: Entry, part: str) -> dict:
     "The plain settings of a part of an entry, defaults that leave no trace among them."
     from uad_study.judge import ScoreConfig
-    return getattr(e, part) | (json.loads(json.dumps(asdict(from_dict(ScoreConfig, e.scores)))) if part == "scores" else {})
+    from uad_study.models import model_config
+    full = dict(scores=lambda: from_dict(ScoreConfig, e.scores), model=lambda: model_config(e.model)).get(part)
+    return getattr(e, part) | (json.loads(json.dumps(asdict(full()))) if full else {})
 
 # %% ../nbs/41_runs.ipynb #9f5122af
 STAGES = {"prepare": 2, "train": 3, "evaluate": 6, "report": 5}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STITCHES', 'PLACES', 'ENCODERS', 'SSIMAEConfig', 'SSIMAE', 'tiles', 'PatchDDPMConfig', 'PatchDDPM',
-           'ConditionedDDPMConfig', 'ConditionedDenoiser', 'ConditionedDDPM']
+           'ConditionedDDPMConfig', 'ConditionedDenoiser', 'ConditionedDDPM', 'patch_masks', 'MaskedPretext']
 
 # %% ../nbs/36_systems.ipynb #03c0505c
 import math, torch
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from torch import nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from .core import UadError, choice
+from torch.nn.functional import adaptive_max_pool2d, interpolate, pixel_shuffle, pixel_unshuffle
+from .core import LATER, UadError, choice
 from .diffusion import q_sample
 from .models import AE, AEConfig, DDPM, DDPMConfig, Denoiser, of_batch
 from .volume import GRID_SHAPE
@@ -122,13 +122,28 @@ class ConditionedDDPMConfig(DDPMConfig):
     encoder: str = "resnet50"                         # the network that gives them (paper); resnet10, resnet18 and resnet34 are smaller
     encoder_width: float = 1.0                        # factor to its channels (1: 64 in its first layer)
     features: int = 128                               # numbers that it gives for a slice (paper)
+    encoder_steps: int = field(default=0, metadata=LATER)       # optimiser steps of its own training by masked modelling, before all else (0: none; released code: 1200 epochs, 14400 steps)
+    mask_ratio: float = field(default=.65, metadata=LATER)      # share of a slice's patches that are hidden there (released code)
+    mask_patch: int = field(default=32, metadata=LATER)         # their edge in pixels (released code: the encoder's stride; 6 of the 9 patches of a slice are hidden)
 
     def __post_init__(self):
         super().__post_init__()
         choice(self.encoder, ENCODERS, "model.encoder")
         if not self.encoder_width * 64 >= 1: raise UadError(f"model.encoder_width: must be at least 1/64 (one channel), not {self.encoder_width}")
         if self.features < 1: raise UadError(f"model.features: must be 1 or more, not {self.features}")
+        if self.encoder_steps < 0: raise UadError(f"model.encoder_steps: must be 0 or more, not {self.encoder_steps}")
+        _hidden(GRID_SHAPE[:2], self.mask_patch, self.mask_ratio)
+        if not self.encoder_steps and (odd := [f.name for f in fields(self) if f.name.startswith("mask_") and getattr(self, f.name) != f.default]): raise UadError(f"model.{odd[0]}: is for the encoder's own training: set encoder_steps too, or remove it")
 
+def _hidden(size, patch: int, ratio: float) -> int:
+    "How many patches of a slice of `size` (H, W) masked modelling hides. Raises `UadError` where they do not fill the slice, or all or none would be hidden."
+    if patch < 1 or any(n % patch for n in size): raise UadError(f"model.mask_patch: patches of {patch} pixels do not fill slices of {tuple(size)}: choose a divisor of {math.gcd(*size)}")
+    if not 0 < ratio < 1: raise UadError(f"model.mask_ratio: must be between 0 and 1, not {ratio}")
+    n = math.prod(size) // patch**2
+    if not 0 < (k := round(ratio * n)) < n: raise UadError(f"model.mask_ratio: {ratio} hides {k} of {n} patches: choose another, or smaller patches (model.mask_patch)")
+    return k
+
+# %% ../nbs/36_systems.ipynb #75fa176e
 class ConditionedDenoiser(Denoiser):
     "f(x_t, t, z): estimates x_0 as `Denoiser` does, with features z (B, features) added to the time embedding."
     def __init__(self, config: ConditionedDDPMConfig):
@@ -140,18 +155,72 @@ class ConditionedDenoiser(Denoiser):
         p = self.config.patch
         return pixel_shuffle(self.unet(pixel_unshuffle(x, p), t, class_labels=z), p)
 
+def _resnet(config: ConditionedDDPMConfig, **how) -> nn.Module:
+    from monai.networks import nets
+    return getattr(nets, config.encoder)(spatial_dims=2, n_input_channels=1, conv1_t_stride=2, widen_factor=config.encoder_width, bias_downsample=False, **how)
+
 class ConditionedDDPM(DDPM):
     "Conditioned DDPM (Behrendt et al. 2025): the denoiser also sees what an encoder makes of the clean slice. Slices x are (B, 1, H, W) in [0, 1]."
     Config, learning, restoring = ConditionedDDPMConfig, dict(lr=1e-5, steps=14400, augment=True), dict(t_test=(250, 500, 750))       # 1200 epochs of 12 steps, augmented (released code)
 
     def __init__(self, config: ConditionedDDPMConfig):
         super().__init__(config)
-        from monai.networks import nets
-        self.encoder = getattr(nets, config.encoder)(spatial_dims=2, n_input_channels=1, num_classes=config.features, conv1_t_stride=2, widen_factor=config.encoder_width, bias_downsample=False)
+        self.encoder = _resnet(config, num_classes=config.features)
 
     def network(self, config): return ConditionedDenoiser(config)
+
+    @staticmethod
+    def first(config: ConditionedDDPMConfig):
+        "The class of what is trained before this model, for `encoder_steps` steps; None where its encoder only learns along."
+        return MaskedPretext if config.encoder_steps else None
+
+    def begin(self, trained: dict):
+        "Take the encoder, but for its last layer, which gives the features, from the state of a `trained` pretext. It goes on learning."
+        self.encoder.load_state_dict({f"fc.{k}": v for k, v in self.encoder.fc.state_dict().items()} | {k.removeprefix("encoder."): v for k, v in trained.items() if k.startswith("encoder.")})
 
     def seeing(self, x):
         "The denoiser f(x_t, t) that knows the features of the slices `x`."
         z = self.encoder(x)
         return lambda x_t, t: self.denoiser(x_t, t, z)
+
+# %% ../nbs/36_systems.ipynb #3555507a
+def patch_masks(n: int, size, patch: int, ratio: float, generator) -> torch.Tensor:
+    "What masked modelling hides of `n` slices of `size` (H, W): bool (n, 1, H, W), True in patches of `patch` pixels on a grid, drawn by chance, round(`ratio` x all) of each slice. Raises `UadError` where they do not fill it."
+    k, (h, w) = _hidden(size, patch, ratio), (s // patch for s in size)
+    drawn = torch.rand(n, h * w, generator=generator, device=generator.device).argsort(1).argsort(1) < k
+    return drawn.view(n, 1, h, w).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+# %% ../nbs/36_systems.ipynb #1737c641
+class MaskedPretext(nn.Module):
+    "What the encoder of a cDDPM learns from: the hidden patches of a slice, told from the others (after SparK: Tian et al. 2023). Slices x are (B, 1, H, W) in [0, 1]."
+    foreground = .01
+
+    def __init__(self, config: ConditionedDDPMConfig):
+        super().__init__()
+        from monai.networks.blocks import Convolution
+        self.config, self.encoder = config, _resnet(config, feed_forward=False)
+        e, n = self.encoder, self.encoder.conv1.out_channels
+        found = [getattr(layer[-1], "bn3", layer[-1].bn2).num_features for layer in (e.layer4, e.layer3, e.layer2, e.layer1)]
+        told, block = (8 * n, 4 * n, 2 * n, n), dict(spatial_dims=2, kernel_size=3, adn_ordering="NA", norm="batch", act="relu", bias=False)
+        self.gaps = nn.ParameterList(nn.Parameter(.02 * torch.randn(c, 1, 1)) for c in found)
+        self.sides = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(found, told))
+        self.wider = nn.ModuleList(Convolution(in_channels=a, out_channels=b, strides=2, is_transposed=True, **block) for a, b in zip(told, told[1:]))
+        self.last = nn.Sequential(Convolution(in_channels=n, out_channels=n, **block), nn.Conv2d(n, 16, 1), nn.PixelShuffle(4))
+
+    def told(self, x, hidden):
+        "The slices as they are told from what is not `hidden`, bool (B, 1, H, W): same shape."
+        e, f, maps = self.encoder, x * ~hidden, []
+        for layer in (lambda v: e.layer1(e.maxpool(e.act(e.bn1(e.conv1(v))))), e.layer2, e.layer3, e.layer4):
+            f = layer(f)
+            seen = adaptive_max_pool2d((~hidden).float(), f.shape[-2:]) > 0
+            f = f * seen; maps.append((f, seen))
+        y, (h, w) = torch.zeros(1, 1, 1, 1, device=x.device), x.shape[-2:]
+        for (f, seen), gap, side, wider in zip(maps[::-1], self.gaps, self.sides, [*self.wider, self.last]):
+            y = wider(y[..., :f.shape[-2], :f.shape[-1]] + side(torch.where(seen, f, gap)))             # a map of 3 x 3 places comes from one of 2 x 2
+        return y[..., :h, :w]
+
+    def loss(self, x, generator, part=(0, 1)):
+        "Mean over the hidden patches of the squared error in the brain (0 beside it)."
+        c, inside = self.config, x > self.foreground
+        hidden = of_batch(lambda n: patch_masks(n, x.shape[-2:], c.mask_patch, c.mask_ratio, generator), x, part)
+        return ((self.told(x, hidden) - x).square() * (hidden & inside)).sum() / hidden.sum()

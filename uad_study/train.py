@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .core import Stopped, UadError, atomic_file, choice, derive_seed, digest, from_dict, listening, log, os_error, read_json, write_json
+from .core import Stopped, UadError, atomic_file, choice, derive_seed, digest, from_dict, listening, log, os_error, plain_settings, read_json, write_json
 from .cohort import Cohort, augment_slices, draw_slices, slice_index, take_slices
 from .models import MODELS, ModelConfig, RestoreConfig, build_model, model_config, output, parameter_count
 
@@ -315,7 +315,7 @@ class _Training:
         self.cohort, self.config, self.folder, self.device, self.team, self.stop, self.tell, self.place = cohort, config, Path(folder), device, team, stop, tell, dict(contrast=contrast, fold=fold)
         self.rows = _rows(cohort, contrast, fold)
         self.index, self.validate, self.precision = slice_index(cohort, self.rows["train"]), FixedValidation(cohort, self.rows["val"], config), autocast(config, device)[1]
-        self.settings = {"model": asdict(model_config), "train": asdict(config) | {"checkpoint_minutes": 0, "precision": self.precision}, "data": self.place | dict(sha256=cohort.info["sha256"])}
+        self.settings = {"model": plain_settings(model_config), "train": asdict(config) | {"checkpoint_minutes": 0, "precision": self.precision}, "data": self.place | dict(sha256=cohort.info["sha256"])}
         last, text = newest_checkpoint(self.folder, self.settings)
         self.model = build_model(model_config, derive_seed(config.seed, "weights"), kind=kind).to(device).train()
         if begin and not last: begin(self.model)
@@ -536,7 +536,7 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
     Writes best.pt (lowest validation loss), snapshot-<step>.pt, metrics.jsonl (step, loss, val_loss, lr, seconds), parts.json and, with `tensorboard`, event files. `tick(step, steps, text,
     **facts)` is called at the start and after each step with epoch, loss (None before the first step), val_loss and images_per_second (of the last ten seconds of training);
     `look(step, x, x_hat)` after each validation with a few validation slices and their restorations (or maps: `models.output`), (n, H, W) in [0, 1]. `devices`: processes that share each batch (on a GPU each).
-    A model that builds on an encoder (`fae`) has it trained first, in `folder`/encoder, with checkpoints of its own: `tick` counts these steps, too, and the result has `encoder`; or it is read from `encoder_file`.
+    A model that builds on an encoder (`fae`; `cddpm` with `encoder_steps`) has it trained first, in `folder`/encoder, with checkpoints of its own: `tick` counts these steps, too, and the result has `encoder`; or it is read from `encoder_file`.
     Returns the best step and loss, the first and last validation losses, parameters, precision, seconds and parts (the attempts: start, end, seconds, how).
 
     Raises `Stopped` after a signal (SIGTERM, SIGUSR1, SIGUSR2) or when a file `stop` is in `folder`, which it never removes: who calls again removes it first. Raises `UadError` when a split is
@@ -557,13 +557,14 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
 def _trained(cohort, model_config, config, folder, tell, encoder_file="", **how) -> dict:
     "Train a model; before it, where it builds on one that is trained here (`first`), its encoder."
     how, kind = how | dict(cohort=cohort if isinstance(cohort, Cohort) else Cohort(cohort), model_config=model_config), MODELS[model_config.name]
-    if not hasattr(kind, "first"): return _fitted(config=config, folder=folder, tell=tell, **how)
-    encoder, begin, made, ahead = Path(folder)/"encoder", (lambda m: m.begin(file=encoder_file)), dict(sha256=model_config.encoder_sha256), 0
-    if first := kind.first(model_config):
+    first, encoder, ahead = getattr(kind, "first", lambda c: None)(model_config), Path(folder)/"encoder", 0
+    if first:
         encoder.mkdir(parents=True, exist_ok=True)
         ahead = model_config.encoder_steps
         made = _fitted(config=replace(config, steps=ahead, snapshots=(), ema=0.), folder=encoder, tell=_counting(tell, 0, ahead + config.steps, "encoder: "), kind=first, **how)
         begin = lambda m: m.begin(read_checkpoint(encoder/BEST, how["device"])["model"])
+    elif hasattr(model_config, "encoder_sha256"): begin, made = (lambda m: m.begin(file=encoder_file)), dict(sha256=model_config.encoder_sha256)
+    else: return _fitted(config=config, folder=folder, tell=tell, **how)
     result = _fitted(config=config, folder=folder, tell=_counting(tell, ahead, ahead + config.steps) if ahead else tell, begin=begin, **how)
     return result | dict(train_seconds=round(result["train_seconds"] + made.get("train_seconds", 0), 1), encoder={k: v for k, v in made.items() if k in ("sha256", "steps", "best_step", "first_val_loss", "best_val_loss", "parameters", "train_seconds")})
 
