@@ -140,12 +140,29 @@ def post_processed(cohort: Cohort, row: int, maps, config: ScoreConfig) -> np.nd
     stack = np.stack([np.asarray(m, np.float32) for m in maps])
     return postprocess(stack, np.asarray(cohort.brain_masks[row]), config.erode, config.median, median_first=config.median_first)[:, region(cohort, row, config)]
 
-# %% ../nbs/39_judge.ipynb #53944962
-class HealthyMaps:
-    """Sums of maps over the healthy validation scans `rows` of one contrast and fold of `cohort`, for the scores `names` (such as 'l1', of 'l1_healthy'): `totals` (names, H, W, D) float32, of map times brain mask; `brains` (H, W, D),
-    how many scans have brain there. `of(row)`: the maps of one of these scans by name, for where one must be left out. All scans lie on one grid, registered to one atlas: without that a mean over them means nothing."""
+# %% ../nbs/39_judge.ipynb #3f6c1217
+class _KeptSums:
+    "The file of `HealthyMaps`."
     FILE, FORMAT = "healthy-maps.npz", "uad-healthy-maps/1"
 
+    def save(self, folder):
+        "Write the sums to `folder`, whole or not at all."
+        with atomic_file(Path(folder)/self.FILE) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, format=self.FORMAT, names=np.array(self.names), rows=np.array(self.rows), totals=self.totals, brains=self.brains)
+
+    @classmethod
+    def read(cls, folder, cohort: Cohort | None = None, of=None):
+        "The sums that are kept in `folder`; None where there are none. Raises `UadError` for a damaged file."
+        if not (file := Path(folder)/cls.FILE).is_file(): return None
+        try:
+            with np.load(file) as f: format, names, rows, totals, brains = (f[k] for k in ("format", "names", "rows", "totals", "brains"))
+            if str(format) != cls.FORMAT or totals.shape != (len(names), *GRID_SHAPE) or brains.shape != GRID_SHAPE or not len(rows): raise ValueError(f"format {format}")
+        except Exception as e: raise UadError(f"{file}: is damaged, or of another version ({type(e).__name__}): delete it and judge again") from None
+        return cls(cohort, names.tolist(), rows, totals, brains, of)
+
+# %% ../nbs/39_judge.ipynb #53944962
+class HealthyMaps(_KeptSums):
+    """Sums of maps over the healthy validation scans `rows` of one contrast and fold of `cohort`, for the scores `names` (such as 'l1', of 'l1_healthy'): `totals` (names, H, W, D) float32, of map times brain mask; `brains` (H, W, D),
+    how many scans have brain there. `of(row)`: the maps of one of these scans by name, for where one must be left out. All scans lie on one grid, registered to one atlas: without that a mean over them means nothing."""
     def __init__(self, cohort, names, rows, totals, brains, of=None):
         self.cohort, self.names, self.rows, self.totals, self.brains, self.of, self._whole = cohort, tuple(names), [int(r) for r in rows], totals, brains, of, {}
         self.who = None if cohort is None else patients(cohort.table)
@@ -167,20 +184,6 @@ class HealthyMaps:
             brains += brain
             if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}")
         return cls(cohort, names, rows, totals.astype(np.float32), brains, of)
-
-    def save(self, folder):
-        "Write the sums to `folder`, whole or not at all."
-        with atomic_file(Path(folder)/self.FILE) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, format=self.FORMAT, names=np.array(self.names), rows=np.array(self.rows), totals=self.totals, brains=self.brains)
-
-    @classmethod
-    def read(cls, folder, cohort: Cohort | None = None, of=None):
-        "The sums that are kept in `folder`; None where there are none. Raises `UadError` for a damaged file."
-        if not (file := Path(folder)/cls.FILE).is_file(): return None
-        try:
-            with np.load(file) as f: format, names, rows, totals, brains = (f[k] for k in ("format", "names", "rows", "totals", "brains"))
-            if str(format) != cls.FORMAT or totals.shape != (len(names), *GRID_SHAPE) or brains.shape != GRID_SHAPE or not len(rows): raise ValueError(f"format {format}")
-        except Exception as e: raise UadError(f"{file}: is damaged, or of another version ({type(e).__name__}): delete it and judge again") from None
-        return cls(cohort, names.tolist(), rows, totals, brains, of)
 
     def reference(self, name: str, row: int | None = None, maps: dict | None = None) -> np.ndarray:
         """What the map of the score `name` is divided by, (H, W, D): see `scores.healthy_reference`. `row`: the cohort's row that is divided; the scans of the same person are left out, its own with `maps` (by name) as its maps.
