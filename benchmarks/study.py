@@ -1,4 +1,4 @@
-"""The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT, and of a study of several models docs/NAME.png and docs/NAME-cost.png."""
+"""The tables of a finished study as Markdown, to be kept in the repo: python benchmarks/study.py OUT NAME. Writes benchmarks/NAME.md from the results in the folder OUT, and of a study of three models or more docs/NAME.png and docs/NAME-cost.png."""
 import shutil, sys
 from pathlib import Path
 from uad_study.results import NAMES, open_results, score_label
@@ -21,8 +21,8 @@ def auprc(r) -> list[list[str]]:
 
 
 def matrix(r, out, name) -> list[str]:
-    "The matrix as a section, its two figures copied to docs; [] for a study of one model."
-    if len(r.models) < 2 or not (t := table_matrix(r)).rows: return []
+    "The matrix as a section, its two figures copied to docs; [] for a study of fewer than three models."
+    if len(r.models) < 3 or not (t := table_matrix(r)).rows: return []
     docs = Path(__file__).parents[1]/"docs"
     for figure, copy in (("matrix", f"{name}.png"), ("cost", f"{name}-cost.png")): shutil.copyfile(Path(out)/"figures"/f"{figure}.png", docs/copy)
     return ["## Which model, which score, at what cost?", f"![Every model with every score on every pathology, and what it costs](../docs/{name}.png)", f"![Dice against seconds a volume and parameters](../docs/{name}-cost.png)", markdown(t), *t.notes, markdown(table_cost(r)), *table_cost(r).notes]
