@@ -182,6 +182,7 @@ WORDS = {
     "l1": "the absolute difference of scan and restoration, voxel by voxel.",
     "SSIM, sigma": "one minus the structural similarity of scan and restoration, compared in a Gaussian window of the standard deviation sigma (voxels of 2 mm).",
     "SSIM-ens": "the mean of SSIM over sigma 0.3, 0.5 ... 1.7, weighted in each voxel by softmax(-SSIM): no sigma has to be chosen.",
+    "over healthy": "a score divided, place by place, by its mean in healthy validation scans: what every brain has in common counts for less.",
     "val": "the threshold with the highest Dice on validation patients with the same kind of lesion.",
     "healthy": "a threshold that healthy validation scans alone set, such as the lowest at which 95 % of them carry at most 1 mL.",
     "oracle": "the threshold with the highest Dice on the test voxels themselves, pooled: nobody knows it beforehand. The mean over patients may be a little higher at another one.",
