@@ -206,28 +206,31 @@ def written(all_: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def verdict(m, lo, hi) -> str: return "the same" if abs(m) < .0005 else "won" if lo > 0 else "lost" if hi < 0 else "undecided"
+SHORT = {OURS: "ours", AGAINST_HEALTHY: "ours over healthy", MEAN: "SSIM-ens of the mean", PLAIN["l1"]: "l1", PLAIN["SSIM-ens"]: "SSIM-ens"}
+
+def verdict(m, corrected) -> str: return "the same" if abs(m) < .0005 else "undecided" if not corrected < .05 else "won" if m > 0 else "lost"
 
 
-def summary(said, score, plain) -> str:
-    "A line: what a score won and lost against a plain one."
-    mine = {p: (m, lo, hi, v, c) for a, b, p, m, lo, hi, v, c in said if (a, b) == (score, PEERS[plain])}
-    points = lambda p: f"{100 * mine[p][0]:+.1f} [{100 * mine[p][1]:+.1f}, {100 * mine[p][2]:+.1f}]" + (", not after Holm's correction" if mine[p][3] in ("won", "lost") and mine[p][4] >= .05 else "")
+def summary(said, score, peer) -> str:
+    "A line: what a score won and lost against another."
+    mine = {p: (m, lo, hi, v) for a, b, p, m, lo, hi, v in said if (a, b) == (score, peer)}
+    points = lambda p: "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in mine[p][:3]))
     by = {v: [p for p in PATHOLOGIES if mine[p][3] == v] for v in ("won", "lost", "undecided", "the same")}
-    return f"- **{score}, against {plain}{' of one restoration' * (plain in PLAIN)}: {mine['all'][3]}** over all patients ({points('all')}); by pathology: " + "; ".join(f"{v} on {', '.join(f'{NAMES[p].lower()} ({points(p)})' for p in ps)}" for v, ps in by.items() if ps) + "."
+    return f"- **{SHORT[score]} against {SHORT[peer]}: {mine['all'][3]}** over all patients ({points('all')}); " + "; ".join(f"{v} on {', '.join(f'{NAMES[p].lower()} ({points(p)})' for p in ps)}" for v, ps in by.items() if ps) + "."
 
 
 def judgement_text(j, places) -> list[str]:
     dice, names = of_places(j), [NAMES[p] for p in places]
     cell = lambda v: f"{100 * v.mean():.1f} [{100 * bootstrap_interval(v)[0]:.0f}, {100 * bootstrap_interval(v)[1]:.0f}]"
-    rows = [[f"**{s}**" if s == OURS else s, *(cell(d[p]) for p in places), f"{100 * np.mean([d[p].mean() for p in places]):.1f}"] for s, d in dice.items()]
+    rows = [[(f"**{SHORT[s]}**: {s}" if s in (OURS, AGAINST_HEALTHY, MEAN) else s), *(cell(d[p]) for p in places), f"{100 * np.mean([d[p].mean() for p in places]):.1f}"] for s, d in dice.items()]
     found = [(a, b, *r) for a in (OURS, AGAINST_HEALTHY) for b in PEERS.values() for r in differences(dice, a, b)]
     corrected = holm([f[-1] for f in found])
-    said = [(a, b, p, m, lo, hi, verdict(m, lo, hi), c) for (a, b, p, m, (lo, hi), *_), c in zip(found, corrected)]
-    tests = [[a, b, NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", verdict(m, lo, hi)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
-    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients, as the best that a study could make then (those above it need maps of healthy scans, or know which way lesions differ): {OURS} (bold), "
-            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. The last line divides it by its mean map over {j['healthy']} healthy validation scans: in a study `scores: {{names: [l1_ssim_healthy]}}`, which takes all that it has.", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PEERS), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
-            "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where the interval leaves out 0 (the same: less than 0.05 points apart, as where both are at chance):", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
+    said = [(a, b, p, m, lo, hi, verdict(m, c)) for (a, b, p, m, (lo, hi), *_), c in zip(found, corrected)]
+    tests = [[SHORT[a], SHORT[b], NAMES.get(p, "all patients"), f"{100 * m:+.1f} [{100 * lo:+.1f}, {100 * hi:+.1f}]", f"{up} / {down}", f"{q:.3f}" if q >= .001 else "<0.001", f"{c:.3f}" if c >= .001 else "<0.001", verdict(m, c)] for (a, b, p, m, (lo, hi), up, down, q), c in zip(found, corrected)]
+    return ["## Judged once, on test patients", f"`python benchmarks/ours.py judge OUT {j['patients']}`: {told(j['provenance'])}. {j['patients']} test patients a pathology{' (of 30, for want of CPU time)' * (j['patients'] < 30)}, thresholds from {j['validation']} validation patients each; post-processing and threshold of a study. Chosen before on validation patients, as the best that a study could make then (those above it need maps of healthy scans, or know which way lesions differ): *ours*, {OURS}: "
+            f"in a study `scores: {{names: [l1_ssim]}}` with `restore: {{t_test: [500, 250, 750]}}`. *Ours over healthy* divides it by its mean map over {j['healthy']} healthy validation scans: in a study `scores: {{names: [l1_ssim_healthy]}}`, which takes all that it has. "
+            "Other virtual patients than those of [weights.md](weights.md) (another seed), so that the plain scores differ from there, too: l1 on tumours most. On real T1w scans: [real.md](../docs/real.md).", "\n".join(summary(said, a, b) for a in (OURS, AGAINST_HEALTHY) for b in PEERS.values()), "Dice (%), mean over patients, 95 % bootstrap interval:", table(["score", *names, "mean"], rows),
+            "Paired differences in Dice points, 95 % bootstrap interval over patients (not corrected), two-sided Wilcoxon signed-rank p, and Holm's over this table; won or lost where Holm's p is below 0.05 (the same: less than 0.05 points apart, as where both are at chance):", table(["score", "minus", "patients with", "difference", "higher / lower in", "p", "p (Holm)", ""], tests)]
 
 
 def search_text(s, places) -> list[str]:
