@@ -38,7 +38,7 @@ gate: dev                 ## notebooks and package agree; notebooks are clean
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/gate.sh
 
 test: dev gate            ## every check but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: dev gate        ## every check; keeps its last line in benchmarks/
 	mkdir -p .pytest_cache; set -o pipefail; $(BIN)/python -m pytest -m 'slow or not slow' | tee .pytest_cache/test-all.txt

@@ -19,10 +19,9 @@ LONG = ("test_run_faults.py", "test_judge.py", "test_models.py", "test_browser.p
 
 
 def pytest_collection_modifyitems(items):
-    "Workers of pytest-xdist take whole files, so that what a file sets up is set up once; the longest first, so that none is left alone with one at the end."
+    "The longest files first, so that of two workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) none is left alone with one at the end."
     rank = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
-    for item in items: item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def command(*args): return [sys.executable, "-c", "from uad_study.cli import main; main()", *map(str, args)]
