@@ -34,7 +34,7 @@ Read on 2026-11-26 from the tables of that day.
 Weights that have only seen brains made by a program find the real tumour and the real stroke on T2w, at a threshold that no lesion set, and by SSIM-ens with far less beside the lesion than by l1. On T1w l1 finds a quarter of the
 tumour; SSIM-ens is highest there, too, and stays below its threshold. The lesions of multiple sclerosis are missed or drown: they are smaller than what the restoration smooths away; and in the slices of MSLUB 07 the cerebellum is
 marked, whose folds the restoration does not draw. In whole heads of other scanners l1 marks 21 to 96 mL that nobody would call a lesion, SSIM-ens 1 to 26 mL: intensities that differ from the training's are errors to l1 first.
-Weights of 14 real brains mark more than those of 300 virtual ones in other scanners' heads, and find a little more in the patients. Every real scan is called *borderline* or *out* by the virtual weights, which is what that verdict is for.
+Weights of 14 real brains mark more than those of 300 virtual ones in other scanners' heads, and find a little more in the patients. Every real scan of these tables is called *borderline* or *out* by the virtual weights, which is what that verdict is for.
 """
 CREDIT = ("TCGA-DU-7294: The Cancer Imaging Archive, TCGA-LGG (CC BY 3.0), segmentation fused from five algorithms. MSLUB 07 and 26: Lesjak et al., Neuroinformatics 2018 (CC BY). "
           "Stroke: the clinical toolbox's tutorial scan (Rorden et al., 2012; BSD).")
@@ -102,7 +102,7 @@ def study(run) -> str:
     rows = [("plain intensity, dark", [said(r.rows(model=r.models[0], score="intensity_dark", pathology=p).iloc[0]) for p in r.pathologies]), *rows]
     return "\n".join(["## The study", "", f"`uad run real-t1`: threshold from semi-synthetic lesions in two people, Dice (%) on the study's grid, in brackets 95 % intervals over people. All tables: [real-t1](../benchmarks/real-t1.md).", "",
                       "| | " + " | ".join(NAMES.get(p, p) for p in r.pathologies) + " |", "|" + " --- |" * (1 + len(r.pathologies)), *("| " + " | ".join([n, *c]) + " |" for n, c in rows), "",
-                      "*Mean of three noise levels*: restored from levels 250, 500 and 750 and averaged; l1 times SSIM-ens of it is what did best on virtual validation patients ([ours](../benchmarks/ours.md)). Four people with semi-synthetic lesions, two with multiple sclerosis, one with a tumour: too few to tell scores apart.", ""])
+                      "*Mean of three noise levels*: restored from levels 250, 500 and 750 and averaged; l1 times SSIM-ens of it is what did best on virtual validation patients ([ours](../benchmarks/ours.md)). Four people with semi-synthetic lesions, two with multiple sclerosis, one with a tumour: too few to tell scores apart. (The tables above judge the written maps on each scan's own grid, by thresholds of healthy scans alone.)", ""])
 
 
 def page(t, p, of_study) -> str:

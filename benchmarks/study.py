@@ -22,7 +22,7 @@ def auprc(r) -> list[list[str]]:
 
 def matrix(r, out, name) -> list[str]:
     "The matrix as a section, its two figures copied to docs; [] for a study of fewer than three models."
-    if len(r.models) < 3 or not (t := table_matrix(r)).rows: return []
+    if len(r.models) < 3 or not (t := table_matrix(r)).rows or not all((Path(out)/"figures"/f"{k}.png").is_file() for k in ("matrix", "cost")): return []
     docs = Path(__file__).parents[1]/"docs"
     for figure, copy in (("matrix", f"{name}.png"), ("cost", f"{name}-cost.png")): shutil.copyfile(Path(out)/"figures"/f"{figure}.png", docs/copy)
     return ["## Which model, which score, at what cost?", f"![Every model with every score on every pathology, and what it costs](../docs/{name}.png)", f"![Dice against seconds a volume and parameters](../docs/{name}-cost.png)", markdown(t), *t.notes, markdown(table_cost(r)), *table_cost(r).notes]

@@ -335,6 +335,7 @@ def test_families(monkeypatch, tmp_path):
     for name in ("sub-1_T1w.nii.gz", "sub-2_T1w.NII.GZ", "sub-1_T1w_brainmask.nii.gz", "sub-1_FLAIR.nii.gz"): (tmp_path/"in"/name).touch()
     scan.weights_for("ddpm", "", ["in"]); assert asked[-1][:2] == ("ddpm", "T1w")
     assert [f.name for f in find_scans(["in"], "T1w")] == ["sub-1_T1w.nii.gz", "sub-2_T1w.NII.GZ"] and label_of("in/sub-2_T1w.NII.GZ", "T1w") == "sub-2_T1w"
+    scan.weights_for("ddpm", "", ["patient07_T1.nii.gz", "b-t1w.nii"]); assert asked[-1][:2] == ("ddpm", "T1w")
     for scans in ((), ["x.nii"], ["a_T1w.nii", "a_T2w.nii"]):
         with pytest.raises(UadError, match="--contrast: is needed"): scan.weights_for("ddpm", "", scans)
 

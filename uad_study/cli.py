@@ -233,6 +233,13 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
         for s in found: print(f"{s.state:<10} {s.label:<36} " + "  ".join(f"{h} {c}".strip() if h != "steps" else c for h, c in zip(HEADS[2:], row(s)[2:]) if c))
     console.print(counts(found))
 
+def _cases_page(results, file, cases, where, tick):
+    from uad_study.page import write_page
+    if results.cohort is None: raise UadError(f"{where}: the volumes are not there, so no case can be shown: name the folder of results where they are")
+    ids = results.cohort.table.subject_id
+    if missing := [c for c in cases or () if c not in set(ids)]: raise UadError(f"--case: {missing[0]!r} is no subject of the cohort, such as {ids.iloc[-1]}")
+    write_page(results, file, [i for c in cases for i in ids.index[ids == c]] if cases else None, tick=tick)
+
 @app.command()
 def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders of results (default: runs/demo). Several are reported as one: folds from several machines, or methods judged on the same volumes.")] = None,
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None,
@@ -246,16 +253,15 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
     out, results = out or (folders[0] if len(folders) == 1 else Path("runs/report")), gather(folders)
     for n in results.notes: print(f"missing: {n}", file=sys.stderr)
     if cases and not interactive: raise UadError("--case: is for --interactive: add that")
-    if interactive:
-        from uad_study.page import write_page
-        if results.cohort is None: raise UadError(f"{folders[0]}: the volumes are not there, so no case can be shown: name the folder of results where they are")
-        ids = results.cohort.table.subject_id
-        if missing := [c for c in cases or () if c not in set(ids)]: raise UadError(f"--case: {missing[0]!r} is no subject of the cohort, such as {ids.iloc[-1]}")
-    with tqdm(bar_format="{desc} ({elapsed})", delay=1, leave=False) as bar:
+    lost = None
+    with tqdm(bar_format="{desc} ({elapsed})", disable=None, leave=False) as bar:
         tick = lambda what: bar.set_description_str(f"writing {what}")
-        if interactive: write_page(results, Path(out)/"cases.html", [i for c in cases for i in ids.index[ids == c]] if cases else None, tick=tick)
-        write_report(results, out, "cases.html" * interactive, tick)
-    print(f"report: {Path(out)/'report.html'}" + f"\ncases:  {Path(out)/'cases.html'}" * interactive)
+        try: interactive and _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
+        except UadError as e: lost = e                                              # the report comes all the same
+        write_report(results, out, "cases.html" * (interactive and not lost), tick)
+    print(f"report: {Path(out)/'report.html'}")
+    if lost: raise lost
+    if interactive: print(f"cases:  {Path(out)/'cases.html'}")
 
 # %% ../nbs/59_cli.ipynb #532ef8b2
 @app.command()
@@ -432,7 +438,7 @@ class Scored:
         good = rows[rows.how != "failed"]
         for note, g in good[good.note != ""].groupby("note", sort=False) if len(good) else (): print(f"note: {', '.join(g.scan[:3])}{f' and {len(g) - 3} more' * (len(g) > 3)}: {note}")
         for r in rows[rows.how != "failed"].head(3).itertuples(): print(f"page: {out/r.label/'index.html'}")
-        if len(rows) > 3: print(f"all:  {out/'scores.csv'}")
+        if len(rows) > 3 and (out/"scores.csv").exists(): print(f"all:  {out/'scores.csv'}")
 
 # %% ../nbs/59_cli.ipynb #d6e4b70e
 @app.command()
@@ -440,7 +446,7 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
           out: Annotated[Path, typer.Option("--out", "-o", help="Folder of what is found, a folder for each scan; what is finished there is not done again.")],
           contrast: Annotated[str, typer.Option(help="T1w or T2w (default: that of the weights; needed where there are weights for both and the scans' names don't say).")] = "",
           weights: Annotated[str, typer.Option(help="The name of weights that come with the package, a folder that `uad export` wrote, or a training's folder.")] = "ddpm",
-          brain_mask: Annotated[str, typer.Option(help="The scan's brain mask; of several scans a pattern, such as 'masks/{name}_mask.nii.gz'. Without one it is found (minutes rather than seconds).")] = "",
+          brain_mask: Annotated[str, typer.Option(help="The scan's brain mask; of several scans a pattern, such as 'masks/{name}_mask.nii.gz'. Without one it is found.")] = "",
           state: Annotated[str, typer.Option(help="head or stripped (default: auto, by the volume of what is not 0).")] = "auto",
           threshold: Annotated[Optional[float], typer.Option(help="What is above it is marked (default: that of the weights, set on healthy scans).")] = None,
           name: Annotated[str, typer.Option("--score", help="The score of map, mask and page: ssim_ens, l1, ssim_0.9 ... (all are kept; default: ssim_ens, or the own score of weights that restore nothing).")] = "",

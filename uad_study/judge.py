@@ -155,7 +155,9 @@ class _KeptSums:
         if not (file := Path(folder)/cls.FILE).is_file(): return None
         try:
             with np.load(file) as f: format, names, rows, totals, brains = (f[k] for k in ("format", "names", "rows", "totals", "brains"))
+            kinds = [a.dtype.kind for a in (names, rows, totals, brains)]
             if str(format) != cls.FORMAT or totals.shape != (len(names), *GRID_SHAPE) or brains.shape != GRID_SHAPE or not len(rows): raise ValueError(f"format {format}")
+            if kinds[0] != "U" or kinds[1] not in "iu" or kinds[2] != "f" or kinds[3] not in "iuf" or not (np.isfinite(totals).all() and totals.min() >= 0 and brains.min() >= 0 and brains.max() <= len(rows)): raise ValueError("impossible values")
         except Exception as e: raise UadError(f"{file}: is damaged, or of another version ({type(e).__name__}): delete it and judge again") from None
         return cls(cohort, names.tolist(), rows, totals, brains, of)
 

@@ -109,14 +109,14 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
 
 # %% ../nbs/52_page.ipynb #c559c12f
 def choose_cases(results: Results, model: str, fold: int, n: int = 4) -> dict[int, str]:
-    "Rows of the cohort, and what each is of its pathology by Dice of SSIM-ens ('median', 'worst', 'best'): at most `n`, the medians first."
+    "Rows of the cohort, and what each is of its pathology by Dice of SSIM-ens, or the last of the model's main scores ('median', 'worst', 'best'): at most `n`, the medians first."
     t, c = results.cohort.table, results.cases
     row = {k: i for i, k in enumerate(zip(t.subject_id, t.contrast, t.pathology))}
     c, chosen = c[(c.model == model) & (c.fold == fold) & c.dice.notna()], {}
     ranked = []
     for p in results.pathologies:
         g = c[c.pathology == p]
-        g = g[(g.threshold_from == headline_rule(g.threshold_from)) & (g.score == next(iter(score_order(g.score)[::-1]), ""))].sort_values(["dice", "subject_id"])
+        g = g[(g.threshold_from == headline_rule(g.threshold_from)) & (g.score == next(iter(results.main_scores(model)[::-1]), ""))].sort_values(["dice", "subject_id"])
         if rows := [row[k] for k in zip(g.subject_id, g.contrast, g.pathology) if k in row]: ranked.append(rows)
     for kind, at in (("median", lambda k: (k - 1) // 2), ("worst", lambda k: 0), ("best", lambda k: k - 1)):
         for rows in ranked:

@@ -181,7 +181,7 @@ WORDS = {
     "at chance, †": "a score whose pooled AUPRC is below 1.5 times that of a map which is the same everywhere in the brain, after the same post-processing.",
     "l1": "the absolute difference of scan and restoration, voxel by voxel.",
     "SSIM, sigma": "one minus the structural similarity of scan and restoration, compared in a Gaussian window of the standard deviation sigma (voxels of 2 mm).",
-    "SSIM-ens": "the mean of SSIM over sigma 0.3, 0.5 ... 1.7, weighted in each voxel by softmax(-SSIM): no sigma has to be chosen.",
+    "SSIM-ens": "the mean of SSIM over several sigmas (the paper's: 0.3, 0.5 ... 1.7), weighted in each voxel by softmax(-SSIM): no sigma has to be chosen.",
     "over healthy": "a score divided, place by place, by its mean in healthy validation scans: what every brain has in common counts for less.",
     "val": "the threshold with the highest Dice on validation patients with the same kind of lesion.",
     "healthy": "a threshold that healthy validation scans alone set, such as the lowest at which 95 % of them carry at most 1 mL.",

@@ -283,7 +283,8 @@ def _variants(raw: dict, where: str, bases: dict[str, Entry], given: dict[str, d
 
 def _change(setting: str, old, new) -> str:
     "What a changed setting says: 'train.lr 0.001 → 0.01', or of long lists of names 'scores.names: with l1_ssim, without l2'."
-    if not (isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 6): return f"{setting} {old} → {new}"
+    names = [isinstance(v, list) and all(isinstance(n, str) for n in v) and len(set(v)) == len(v) for v in (old, new)]
+    if not all(names) or len(old) + len(new) <= 6: return f"{setting} {old} → {new}"
     parts = [f"{word} {', '.join(map(str, names))}" for word, names in (("with", [n for n in new if n not in old]), ("without", [n for n in old if n not in new])) if names]
     return f"{setting}: {', '.join(parts) or 'in another order'}"
 

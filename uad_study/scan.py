@@ -94,7 +94,7 @@ def choose_threshold(weights: Weights, score: str, threshold: float | None = Non
     if score.startswith("intensity") and weights.thresholds.get(score, 0) >= 1: raise UadError(f"threshold: {score} reaches its largest value in healthy scans, too, so none keeps them clear: give one")
     if not np.isfinite(weights.thresholds.get(score, np.nan)): raise UadError(f"threshold: the weights {weights.name} have none for {score}: give one, or choose another score: {', '.join(weights.thresholds) or 'none has one'}")
     s = weights.scores
-    return float(weights.thresholds[score]), f"{100 * s.healthy_share:g} % of the {weights.card.get('healthy', {}).get('n', '')} healthy validation scans carry at most {s.healthy_ml:g} mL above it"
+    return float(weights.thresholds[score]), f"{100 * s.healthy_share:g} % of the {weights.card.get('healthy', {}).get('n', '')} healthy validation scans carry at most {s.healthy_ml:g} mL of the atlas above it"
 
 # %% ../nbs/54_scan.ipynb #3d39ccd2
 def _native_ml(labels, n: int, prepared: Prepared) -> list[float]:
@@ -338,7 +338,7 @@ def scan_page(result: ScanResult, summary: dict, names: dict) -> str:
             f" ({e(s['threshold_from'])}). <span class=whole><s style='background:rgb{FOUND_COLOR}'></s>above it.</span></p>"
             f"<h2>What is above the threshold</h2>{_judged(result, s)}{_components_table(s)}<h2>Is the scan like those of the training?</h2><p>{e(_VERDICTS[verdict].capitalize())}. Compared with the healthy validation scans of the weights:</p>{_distance_table(s['distance'], own)}"
             f"<details><summary>Files, preparation, time</summary><p>{'<br>'.join(f'<code>{e(n)}</code> {k}' for k, n in names.items())}</p><p>Brain mask: {e(str(s['preparation'].get('mask_method', '')))}; it overlaps the atlas’s by Dice {s['preparation'].get('mask_dice', float('nan')):.2f}. Brain {s['preparation'].get('brain_ml', float('nan')):.0f} mL in the atlas."
-            f" Volumes are those of the mask file, in the scan’s voxels ({s['atlas_ml']:.2f} mL in the atlas). It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
+            f" Volumes are those of the mask file, in the scan’s voxels; in the atlas, whose brain is larger than most and in which the threshold was set, {s['atlas_ml']:.2f} mL. It is carried back from the study’s grid of 2 mm after small components were removed, so it is not quite what a threshold on the written map would give.</p><p>Seconds: {e(steps)}.</p></details><p class=foot>uad_study {e(s['uad_study'])}. This file asks no other computer for anything.</p></body></html>\n")
 
 # %% ../nbs/54_scan.ipynb #867601d9
 _LEFT_OUT = {"mask", "dseg", "seg", "probseg", "statmap", "gold", "lesion", "flair", "t2f", "t1c", "t1ce", "t1gd", "t2star", "t2starw", "t1map", "t2map", "swi", "pdw", "pd", "bold", "dwi"}
@@ -348,14 +348,18 @@ def _inside(folder: Path) -> list[Path]:
     ends = lambda f: re.split(r"[_-]", _stem(f))[-1].lower()
     return [f for f in sorted(folder.iterdir()) if _stem(f) != f.name and not f.name.startswith(".") and ends(f) not in _LEFT_OUT and not ends(f).endswith("mask")]
 
+def _said_contrast(file) -> str:
+    "'T1w' or 'T2w' where the end of a file's name says so (_T1w, _t1, -T2 ...), else ''."
+    return {"t1w": "T1w", "t1": "T1w", "t1n": "T1w", "t2w": "T2w", "t2": "T2w"}.get(re.split(r"[_-]", _stem(file))[-1].lower(), "")
+
 def find_scans(places, contrast: str) -> list[Path]:
     "The scans that `places` name: files as they are, and of folders every .nii and .nii.gz directly in them but masks and other contrasts by the ends of their names. Raises `UadError` where nothing is."
     files = []
     for p in map(Path, places):
         if not p.is_dir(): files.append(p); continue
-        others = {"T1w": {"t2w", "t2"}, "T2w": {"t1w", "t1", "t1n"}}[contrast]
-        found = [f for f in _inside(p) if re.split(r"[_-]", _stem(f))[-1].lower() not in others]
-        for f in sorted(f for f in p.iterdir() if _stem(f) != f.name and f not in found): log.info("%s: left out: by its name a mask, or another contrast", f)
+        found = [f for f in _inside(p) if _said_contrast(f) in ("", contrast)]
+        left = sorted(f.name for f in p.iterdir() if _stem(f) != f.name and f not in found)
+        if left: log.warning("%s: %d of %d left out, by their names masks or of another contrast: %s", p, len(left), len(left) + len(found), ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3))
         if not found: raise UadError(f"{p}: holds no scan: .nii and .nii.gz files directly in it are taken, but masks and other contrasts than {contrast} by their names")
         files += found
     return files
@@ -365,9 +369,9 @@ def weights_for(name: str, contrast: str = "", scans=(), device: str = "cpu") ->
     that leaves both."""
     family = [c for c in ("T1w", "T2w") if f"{name}-{c}" in packaged_weights()]
     if not contrast and family and str(name) not in packaged_weights() and not any((Path(name)/f).is_file() for f in (f"models/{CARD}", "run.json")):
-        said = {m[1] if (m := re.search(r"_(T1w|T2w)$", _stem(f))) else "" for s in map(Path, scans) for f in (_inside(s) if s.is_dir() else [s])}
+        said = {_said_contrast(f) for s in map(Path, scans) for f in (_inside(s) if s.is_dir() else [s])}
         contrast = said.pop() if len(said) == 1 and said & {"T1w", "T2w"} else family[0] if len(family) == 1 else ""
-        if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not tell (they would, if all ended in _T1w or all in _T2w)")
+        if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not tell (they would, if all ended in _T1w or _T1, or all in _T2w or _T2)")
     return load_weights(name, contrast or None, device)
 
 def mask_for(path: Path, pattern: str) -> Path:

@@ -10,7 +10,7 @@ __all__ = ['STITCHES', 'PLACES', 'ENCODERS', 'SSIMAEConfig', 'SSIMAE', 'tiles', 
 import math, torch
 from dataclasses import dataclass, field, fields
 from torch import nn
-from torch.nn.functional import adaptive_max_pool2d, interpolate, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import adaptive_max_pool2d, pixel_shuffle, pixel_unshuffle
 from .core import LATER, UadError, choice
 from .diffusion import q_sample
 from .models import AE, AEConfig, DDPM, DDPMConfig, Denoiser, of_batch

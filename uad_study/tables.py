@@ -179,9 +179,9 @@ class Numbers:
         return "no threshold" if not len(g) else "no lesion on the grid" if not g.lesion_ml.max() > 0 else "undefined"
 
     def lines(self):
-        "(key, its first cells) for every model, pathology and main score that was judged."
+        "(key, its first cells, with † where it is at chance) for every model, pathology and main score that was judged."
         for m, (p, c), s in [(m, pc, s) for m in self.results.models for pc in self.places for s in self.results.main_scores(m)]:
-            if (m, c, p, s) in self.table: yield (m, c, p, s), (m, place_label(p, c), score_label(s))
+            if (m, c, p, s) in self.table: yield (m, c, p, s), (m, place_label(p, c), score_label(s) + "†" * at_chance(self.table[m, c, p, s]))
 
 def place_label(pathology: str, contrast: str) -> str:
     "What a column of a table is called, such as 'Tumour, T2w'."
@@ -260,7 +260,7 @@ def table_dice(results: Results) -> Table:
     shown = [s for s in scores_of("perfect map") if s in ("truth", "truth_0.7", "truth_1.7")]
     found = _dice_cells(numbers, ["perfect map"], shown, numbers.places)
     for s in shown: t.add("perfect map", score_label(s), *(found[s, place][1] for place in numbers.places), kind="perfect")
-    if any("†" in c.text for r in t.rows for c in r): t.notes.append(f"†: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere), so neither marked nor compared here.")
+    if any("†" in c.text for r in t.rows for c in r): t.notes.append(f"†: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere), so not marked.")
     t.notes.append("Bold (or *): highest of a model on the test set." + (" ↑ ↓: SSIM-ens above or below l1 of the same model as printed; a difference of means, not a test." if any({"up", "down"} & set(c.marks) for r in t.rows for c in r) else ""))
     if any(map(healthy_base, results.table.score)): t.notes.append("Over healthy: the map over its mean in healthy validation scans at the same place; no lesion is seen.")
     if paper and set(kinds) & set(results.models): t.notes += ["As published: Behrendt et al., ISBI 2024, Table 1, mean ± standard deviation over five folds, of the paper's networks and its own preparation.", *(_paper_note(results, *place, d) for place, d in paper.items())]
@@ -522,12 +522,13 @@ def matrix(results: Results) -> pd.DataFrame:
 
 # %% ../nbs/43_tables.ipynb #6d1a7004
 def matrix_shown(results: Results, t: pd.DataFrame | None = None) -> pd.DataFrame:
-    "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology."
+    "The rows of `matrix` (or of `t`, its rows) that a table or a figure has room for: no single sigma, variants only of a study of one model, and of them the main scores; with `chance_level`, and `best` for the highest Dice of a pathology above chance."
     t = matrix(results) if t is None else t
     if len(results.models) > 1: t = t[~t.model.isin(results.variants)]
     t = t[~t.score.astype(str).str.fullmatch(rf"ssim_[\d.]+({HEALTHY})?") & (~t.model.isin(results.variants) | t.score.isin([*MAIN, *OWN]))]
-    top = t.assign(dice=t.dice.round(3)).groupby(["pathology", "contrast"]).dice.transform("max")
-    return t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance, best=t.dice.round(3) == top)
+    t = t.assign(chance_level=t.auprc_pooled < CHANCE * t.chance)
+    dice = t.dice.round(3).where(~t.chance_level)
+    return t.assign(best=dice == t.assign(dice=dice).groupby(["pathology", "contrast"]).dice.transform("max"))
 
 def over_contrasts(g: pd.DataFrame) -> pd.Series:
     "Costs of rows of `matrix` of one model and score: means over contrasts, NaN where one is not known."
@@ -551,7 +552,7 @@ def table_matrix(results: Results) -> Table:
         cells = [number(100 * r.dice, more=interval(r.dice_lo, r.dice_hi), marks=("best",) * r.best, why="no threshold") if (r := at.get(place)) else no_number("not judged") for place in places]
         cells = [replace(cell, text=cell.text + "†") if (r := at.get(place)) and r.chance_level and r.dice == r.dice else cell for cell, place in zip(cells, places)]
         made.add(m, score_label(s), *cells, *_cost_cells(g), kind="ens" * (s == "ssim_ens"))
-    if made.rows: made.notes += [f"Bold (or *): highest of a column on the test set, as printed. †: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere).",
+    if made.rows: made.notes += [f"Bold (or *): highest of a column on the test set, as printed, of scores above chance. †: no better than chance, or hardly (pooled AUPRC below {CHANCE:g} times that of a map that is the same everywhere).",
                                  "Costs: means over contrasts and folds, of one training, and of one volume from reading it to its post-processed map. " + _machines(t) + f" Other work on the same machine makes them higher. Single sigmas{' and variants' * (len(results.models) > 1 and len(results.variants) > 0)} are in tables/matrix.csv."]
     return made
 

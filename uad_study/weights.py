@@ -275,8 +275,9 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
     except (KeyError, TypeError, ValueError, AttributeError): raise UadError(f"{folder/CARD}: is incomplete or damaged: export the weights again") from None
     if " sha256:" in prepare.atlas: raise UadError(f"weights: {name} are of scans on the atlas {prepare.atlas.split()[0]}, which is not part of them: `uad score` knows MNI152 only")
     if contrast and contrast != found: raise UadError(f"weights: {name} are of {found} scans, not {contrast}: choose others, or another --contrast")
+    file = folder/HealthyMaps.FILE
+    if scores.over_healthy and (not file.is_file() or file_sha256(file) != card.get("healthy_maps_sha256")): raise UadError(f"{file}: is missing, or not what the card says: export the weights again")
     sums = HealthyMaps.read(folder) if scores.over_healthy else None
-    if scores.over_healthy and (sums is None or file_sha256(folder/HealthyMaps.FILE) != card.get("healthy_maps_sha256")): raise UadError(f"{folder/HealthyMaps.FILE}: is missing, or not what the card says: export the weights again")
     return Weights(name, found, read_model(place, card, restore).to(device), scores, prepare, thresholds, card, sums)
 
 # %% ../nbs/53_weights.ipynb #a67bb674
