@@ -2,12 +2,16 @@
 import copy, json, re
 import numpy as np, pandas as pd, pytest
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from typer.testing import CliRunner
 from uad_study import report, tables
+from uad_study.cli import app
+from uad_study.core import UadError, placeless
 from uad_study.manifest import listing
-from uad_study.core import placeless
+from uad_study.page import choose_cases
 from uad_study.report import PROVENANCE, SECTIONS, provenance_of, report_page, table_provenance, write_report
 from uad_study.results import CASE_TABLES, chosen_sigma, invented_study, summarise
-from uad_study.tables import (Cell, Table, cautions, html, latex, markdown, paper_dataset, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations,
+from uad_study.tables import (Cell, Table, cautions, html, latex, markdown, matrix_shown, paper_dataset, table_auprc, table_calibration, table_dice, table_false_positives, table_folds, table_lesions, table_restorations,
                               table_sizes, table_tests, table_thresholds, table_variants, tex, text)
 
 ALL = (table_dice, table_tests, table_thresholds, table_auprc, table_lesions, table_sizes, table_folds, table_false_positives, table_calibration, table_restorations, table_variants)
@@ -321,3 +325,22 @@ def test_what_is_at_chance_is_neither_best_nor_compared(study):
         assert r[3].text.endswith("†") == (r[1].text != "l1") and r[2] == row(plain, "ddpm", r[1].text)[2]
         assert r[3].marks == (("best",) if r[1].text == "l1" else ()), r[1].text
     assert any(n.startswith("†: no better than chance") for n in t.notes) and not any("†" in n for n in plain.notes)
+    t = pd.DataFrame(dict(model="ddpm", score=["l1", "ssim_ens"], contrast="T2w", pathology="ms", dice=[.5, .3], auprc_pooled=[.02, .2], chance=.02))
+    assert matrix_shown(study, t).best.tolist() == [False, True] and matrix_shown(study, t.assign(auprc_pooled=.2)).best.tolist() == [True, False]
+
+
+def test_cases_are_chosen_by_a_main_score():
+    "Not by the last score that was judged, such as one over healthy scans."
+    t = pd.DataFrame(dict(subject_id=["a", "b", "c"], contrast="T2w", pathology="ms"))
+    judged = [t.assign(model="ddpm", fold=0, threshold_from="val", score=s, dice=d) for s, d in (("ssim_ens", [.1, .2, .3]), ("ssim_ens_healthy", [.2, .3, .1]))]
+    r = SimpleNamespace(cohort=SimpleNamespace(table=t), cases=pd.concat(judged), pathologies=["ms"], main_scores=lambda model: ("l1", "ssim_ens"))
+    assert choose_cases(r, "ddpm", 0) == {1: "median", 0: "worst", 2: "best"}
+
+
+def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
+    "`uad report --interactive` where no case can be shown: one line and exit code 1, after a report that links none."
+    links = []
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None))
+    monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
+    error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive"]).exception
+    assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]

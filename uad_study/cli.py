@@ -256,7 +256,8 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
     lost = None
     with tqdm(bar_format="{desc} ({elapsed})", disable=None, leave=False) as bar:
         tick = lambda what: bar.set_description_str(f"writing {what}")
-        try: interactive and _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
+        try:
+            if interactive: _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
         except UadError as e: lost = e                                              # the report comes all the same
         write_report(results, out, "cases.html" * (interactive and not lost), tick)
     print(f"report: {Path(out)/'report.html'}")

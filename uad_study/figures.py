@@ -653,7 +653,7 @@ def figure_matrix(results: Results):
     t = matrix_shown(results)
     if not len(t): return None
     places, lines = sorted(dict.fromkeys(zip(t.pathology, t.contrast)), key=lambda pc: (results.pathologies.index(pc[0]), pc[1])), list(dict.fromkeys(zip(t.model, t.score)))
-    s, top, cmap = _Sheet(len(places), lines), t.groupby(["pathology", "contrast"]).dice.max(), plt.get_cmap("Blues")
+    s, top, cmap = _Sheet(len(places), lines), t[~t.chance_level].groupby(["pathology", "contrast"]).dice.max(), plt.get_cmap("Blues")
     fig = plt.figure(figsize=(s.width, s.height * s.end + 1.15), layout="none")
     ax = fig.add_axes((0, .62 / fig.get_figheight(), 1, s.height * s.end / fig.get_figheight()), xlim=(0, s.width), ylim=(s.end, 0)); ax.axis("off")
     write = lambda x, y, text, **kw: ax.text(x, y, text, **dict(fontsize=7, va="center") | kw)
@@ -670,7 +670,7 @@ def figure_matrix(results: Results):
         at = {(r.pathology, r.contrast): r for r in g.itertuples()}
         for x, place in zip(s.x, places):
             if (r := at.get(place)) is None or r.dice != r.dice: write(x, y, "–", ha="center", color="0.5"); continue
-            share = r.dice / top[place] if top[place] > 0 and not r.chance_level else 0.
+            share = r.dice / top[place] if not r.chance_level and top[place] > 0 else 0.
             ax.add_patch(Rectangle((x - s.cell / 2 + .01, y - .45), s.cell - .02, .9, lw=0, **(dict(facecolor="0.94", edgecolor="0.8", hatch="/////") if r.chance_level else dict(facecolor=cmap(.85 * share)))))
             write(x, y, f"{100 * r.dice:.1f}" + "†" * r.chance_level, ha="center", color="w" if share > .82 else "k", weight="bold" if r.best else None)
             if r.best: ax.add_patch(Rectangle((x - s.cell / 2 + .015, y - .44), s.cell - .03, .88, fill=False, lw=1.3, edgecolor="k", zorder=3))

@@ -20,7 +20,7 @@ from .figures import (figure_alpha, figure_calibration, figure_cases, figure_cei
 from .interactive import write_interactive
 from .results import JUDGEMENT, NAMES, Results, judgement
 from .runs import RESULT, slug
-from .tables import (Table, cautions, html, latex, matrix, no_number, number, table_auprc, table_calibration, table_cost, table_dice, table_false_positives, table_folds, table_lesions, table_matrix, table_restorations, table_sizes,
+from .tables import (CHANCE, Table, cautions, html, latex, matrix, no_number, number, table_auprc, table_calibration, table_cost, table_dice, table_false_positives, table_folds, table_lesions, table_matrix, table_restorations, table_sizes,
                               table_tests, table_thresholds, table_variants)
 
 # %% ../nbs/46_report.ipynb #62fc8061
@@ -146,6 +146,7 @@ def _how_judged(results: Results) -> str:
     return (f"Mean volumetric Dice (%) on the test set, 96×96×50 voxels of 2 mm. Threshold: the optimum on the pathology's own validation set (from another one where it has none), {components}. "
             "Perfect map: the truth itself, or blurred by sigma voxels, through the same post-processing.")
 
+# %% ../nbs/46_report.ipynb #f16ab1f1
 INTRODUCED = {"What matters": "SSIM of restorations: to the input, sigma 1.5, in healthy brain.", "Cases": "Pictures of cases are chosen by rule, not by eye; each caption says by which."}
 
 def _sections(results: Results, tables: dict, figures: dict) -> dict[str, str]:
@@ -159,6 +160,7 @@ def _sections(results: Results, tables: dict, figures: dict) -> dict[str, str]:
         if pictures[12:]: found[heading] += f"<details><summary>More figures ({len(pictures) - 12})</summary>{''.join(pictures[12:])}</details>"
     return found
 
+# %% ../nbs/46_report.ipynb #f16ab1f2
 def _where_from(results: Results, provenance: dict) -> str:
     "The HTML of the last section."
     v = provenance["volumes"]
@@ -175,10 +177,11 @@ def _task(results: Results) -> str:
     restores, tells = "a model that has only seen healthy brains restores each scan, and a score measures how the restoration differs", "tells the features that a network sees in a scan, and its map is where these differ from what it tells"
     return f"a model that has only seen healthy brains {tells}" if own and all(own) else restores + ("; one that restores nothing " + tells if any(own) else "")
 
+# %% ../nbs/46_report.ipynb #f16ab1f3
 WORDS = {
     "Dice": "twice the voxels that what is marked and the true lesion share, over the sum of both: 0 where they share nothing, 100 % where they are the same.",
     "AUPRC": "the area under precision against recall over all thresholds; pooled: of all test voxels at once.",
-    "at chance, †": "a score whose pooled AUPRC is below 1.5 times that of a map which is the same everywhere in the brain, after the same post-processing.",
+    "at chance, †": f"a score whose pooled AUPRC is below {CHANCE:g} times that of a map which is the same everywhere in the brain, after the same post-processing.",
     "l1": "the absolute difference of scan and restoration, voxel by voxel.",
     "SSIM, sigma": "one minus the structural similarity of scan and restoration, compared in a Gaussian window of the standard deviation sigma (voxels of 2 mm).",
     "SSIM-ens": "the mean of SSIM over several sigmas (the paper's: 0.3, 0.5 ... 1.7), weighted in each voxel by softmax(-SSIM): no sigma has to be chosen.",
@@ -194,6 +197,7 @@ WORDS = {
 
 def _words() -> str: return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in WORDS.items()) + "</dl>"
 
+# %% ../nbs/46_report.ipynb #f16ab1f4
 def report_page(results: Results, tables: dict, figures: dict, provenance: dict, cases_page: str = "") -> str:
     "The page: `tables` (lists of `Table`) and `figures` (lists of HTML) by heading. `cases_page`: the name of the file that `page.write_page` wrote beside it, if it did."
     sections, lost = _sections(results, tables, figures), results.cohort.info.get("failed", []) if results.cohort is not None else []

@@ -247,7 +247,7 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
     """The pictures of a result, {(plane, kind): uint8 (h, w, 3)}, 1 mm a pixel: planes 'axial', 'coronal', 'sagittal' (the subject's left at the left, front to the right); kinds 'scan', 'restoration' (where there is one),
     'map' (inferno, from 0 to the value that is returned) and 'found'."""
     from matplotlib import colormaps
-    from scipy.ndimage import binary_dilation, binary_erosion
+    from scipy.ndimage import binary_erosion
     p, shape = result.prepared, [2 * n for n in GRID_SHAPE]
     twice = lambda a: a.repeat(2, 0).repeat(2, 1)
     box = tuple(slice(max(0, int(i.min()) - 2), int(i.max()) + 3) for i in np.nonzero(p.brain_mask))
