@@ -259,7 +259,9 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
         try:
             if interactive: _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
         except UadError as e: lost = e                                              # the report comes all the same
-        write_report(results, out, "cases.html" * (interactive and not lost), tick)
+        page = Path(out)/"cases.html"
+        current = page.is_file() and all(page.stat().st_mtime >= (Path(d)/"result.json").stat().st_mtime for d in results.evaluate_dirs)          # of these evaluations, not of earlier ones
+        write_report(results, out, page.name * (not lost if interactive else current), tick)
     print(f"report: {Path(out)/'report.html'}")
     if lost: raise lost
     if interactive: print(f"cases:  {Path(out)/'cases.html'}")
@@ -393,17 +395,23 @@ def evaluate(source: Annotated[Path, typer.Argument(help="A folder of results wh
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="The folder of a finished training, such as runs/demo/train-T2w-ddpm-f0-...")],
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="The folder to write (default: weights/MODEL-CONTRAST).")] = None,
-           name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "", device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto", verbose: Verbose = False):
+           name: Annotated[str, typer.Option(help="What the weights are called (default: MODEL-CONTRAST).")] = "",
+           change: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="A setting of scores or of restoring: names=[ssim_ens, l1_ssim], t_test=[250, 500, 750] ... (default: those of the evaluation beside the training). May be given several times.")] = None,
+           device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto", verbose: Verbose = False):
     "Weights for another machine: half precision, a model card, thresholds set on healthy scans; a MONAI Bundle that `uad score --weights` takes as well."
     from tqdm import tqdm
+    from uad_study.judge import ScoreConfig
+    from uad_study.models import RestoreConfig
+    from uad_study.rejudge import settings_in
     from uad_study.runs import pick_device
     from uad_study.weights import export_weights, training_of
     setup_logging(verbose)
+    settings = settings_in(change or (), scores=ScoreConfig, restore=RestoreConfig)
     training, facts = training_of(run)
     out = out or Path("weights")/(name or f"{facts['parameters']['model_config'].get('name', 'ddpm')}-{facts['parameters']['contrast']}")
-    with tqdm(unit="healthy scan", delay=1) as bar:
-        def tick(done, n, what): bar.total = n; bar.update(done - bar.n)
-        card = export_weights(training, out, name, pick_device(device), tick)
+    with tqdm(unit="scan", delay=1) as bar:
+        def tick(done, n, what): bar.set_description_str(what.rstrip(" 0123456789"), refresh=False); bar.total = n; bar.update(done - bar.n)
+        card = export_weights(training, out, name, pick_device(device), tick, settings["scores"], settings["restore"])
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     print(f"{out}: {card['name']}, {card['parameters']:,} parameters, {size / 1e6:.1f} MB; what they are and are not for: {out/'docs'/'README.md'}")
 

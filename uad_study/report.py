@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'SECTIONS', 'FIGURES', 'PROVENANCE', 'INTRODUCED', 'WORDS', 
            'write_report', 'outlined', 'write_quality']
 
 # %% ../nbs/46_report.ipynb #d84996ba
-import base64, inspect, io, json
+import base64, inspect, io, json, re
 import numpy as np, pandas as pd
 from html import escape
 from pathlib import Path
@@ -32,10 +32,11 @@ table{border-collapse:collapse;font-size:.86rem;margin:.6rem 0;font-variant-nume
 th{font-weight:600;border-bottom:2px solid #1b1e23;white-space:normal;vertical-align:bottom}tr.first td{border-top:1px solid #aeb5bf}caption{text-align:left;color:#4a5260;padding-bottom:.3rem}
 td.best{font-weight:700}td.best small{font-weight:400}td.none{color:#7b838f;font-style:italic}td.again{color:#b4bac4}td.long{white-space:normal;min-width:10rem}tr.ens td{background:#fdf1e3}tr.perfect td{color:#5d6570}tr.paper td{color:#4a5260;font-style:italic}
 .up{color:#0a7d38;padding-left:.15em}.down{color:#b3261e;padding-left:.15em}.below{font-size:.82rem;color:#5d6570;margin:.2rem 0;max-width:100ch}
-.scroll{overflow-x:auto}img{max-width:100%;height:auto}figure{margin:1.2rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}details{margin:.6rem 0}summary{cursor:pointer}
+.scroll{overflow-x:auto;background:linear-gradient(90deg,#fff 40%,#fff0) 0/3rem 100% no-repeat local,linear-gradient(270deg,#fff 40%,#fff0) 100%/3rem 100% no-repeat local,linear-gradient(90deg,#1b1e2340,#0000) 0/.8rem 100% no-repeat,linear-gradient(270deg,#1b1e2340,#0000) 100%/.8rem 100% no-repeat}
+img{max-width:100%;height:auto}figure{margin:1.2rem 0}figcaption{font-size:.86rem;color:#4a5260;max-width:90ch}small{color:#69707c}details{margin:.6rem 0}summary{cursor:pointer}
 dl{max-width:90ch;font-size:.9rem}dt{font-weight:600;margin-top:.5rem}dd{margin:0 0 0 1.2rem}pre{font-size:.78rem;overflow-x:auto;background:#f5f6f8;padding:.8rem}nav ol{margin:.3rem 0;padding:0;list-style:none;columns:2}nav a{color:#1f4e8c;text-decoration:none}nav a:hover{text-decoration:underline}
 @media(min-width:84rem){body.contents{max-width:1340px;padding-left:15.5rem;position:relative}nav{position:fixed;top:2.5rem;margin-left:-14.5rem;width:12.5rem;font-size:.84rem;max-height:90vh;overflow:auto}nav ol{columns:1}nav li{margin:.3rem 0;line-height:1.3}}
-@media print{@page{size:A4;margin:13mm}html{font-size:12px}body,body.contents{font-size:1rem;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
+@media print{.scroll{background:none}@page{size:A4;margin:13mm}html{font-size:12px}body,body.contents{font-size:1rem;max-width:none;margin:0;padding:0}nav{position:static;margin:0;width:auto;max-height:none}nav ol{columns:2}.scroll{overflow:visible}table{font-size:7pt}
 th,td{white-space:normal;padding:.12rem .25rem}td small{white-space:nowrap}td.long{min-width:0}tr,figure,.note{break-inside:avoid}h2{break-after:avoid}img{max-height:21cm;max-width:100%}pre{white-space:pre-wrap;font-size:6.5pt}td.again{color:#888}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
@@ -53,14 +54,14 @@ SECTIONS = {
 FIGURES = (
     (figure_matrix, "The matrix: which model, which score, at what cost?", "Dice (%) on the test set of every model with every score, coloured by its share of the column's highest; at the right, what it takes: a training (mean over contrasts and folds), and a volume to be restored and scored. A score over several restorations pays for each."),
     (figure_cost, "The matrix: which model, which score, at what cost?", "What does a point of Dice cost? Dice with its 95 % interval over patients against the seconds that a volume takes to be restored and scored (left out where no run recorded them), and against parameters. Each model with the score that is chosen without looking at a lesion; joined to it, the score over several restorations. Dotted: intensity, thresholded without a model."),
-    (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines join groups of patients of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
+    (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines, where patients are many enough, join groups of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
     (figure_transfer, "Whose threshold?", "Dice (%) of {model} at each threshold rule (rows) on each test set (columns). Boxed: the headline threshold. Small numbers: change in Dice points against it; colour: the same in percent, orange lost and purple gained. A dash was not tried."),
-    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule. Where folds scatter as wide as the rules differ, a rule has little to say. Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
-    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model} (mean over folds). Grey: the prevalence. Rings: the threshold from validation, before small components are removed."),
-    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan. Shading: range over folds."),
+    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule.[ Where folds scatter as wide as the rules differ, a rule has little to say.] Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
+    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model}[ (mean over folds)]. Grey: the prevalence. Rings: the threshold from validation, before small components are removed."),
+    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan.[ Shading: range over folds.]"),
     (figure_ceiling, "The ceiling", "What is left of a perfect map: Dice of the truth, blurred by sigma, by median and erosion (on a few volumes), and under the study's own settings (black, all test patients). Diamond: the truth without blur. The median removes small lesions; some blur saves them."),
     (figure_post, "The ceiling", "Dice of {model} against sigma with no median, 3³ and 5³ voxels, with and without erosion of the brain mask, each with its own threshold from validation, on a few volumes. Star: best sigma. Where the star moves with the median, part of the preference is the filter's. Above: the ceiling under the same post-processing."),
-    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: one standard deviation over folds, or with a single fold the 95 % interval over patients. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
+    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: [one standard deviation over folds|the 95 % interval over patients]. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
     (figure_fold_spread, "Folds", "Dots: Dice of each fold, {model}. Bar: mean and 95 % interval over patients, folds averaged first. Folds share one test set; their spread says nothing about other patients."),
     (figure_variants, "What matters", "What each setting changes in Dice, {model}: paired difference to the base, 95 % intervals over patients."),
     (figure_alpha, "How subtle may a lesion be?", "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible."),
@@ -75,6 +76,10 @@ def _calls(draw, results: Results) -> list[dict]:
     models = [{("base" if "base" in names else "model"): m} for m in results.models] if {"base", "model"} & set(names) else [{}]
     return [m | p for m in models for p in ([dict(pathology=p) for p in results.pathologies] if "pathology" in names else [{}])]
 
+def _said(caption: str, folds: int) -> str:
+    "A caption with what is in [brackets] where there are several folds, and where there is one with what stands there behind a |."
+    return re.sub(r"\[([^|\]]*)\|?([^\]]*)\]", lambda m: m[1] if folds > 1 else m[2], caption)
+
 def drawn_figures(results: Results, figures=FIGURES):
     "(file name without suffix, heading, caption, matplotlib figure) of every figure that there is something to show for."
     for draw, heading, caption in figures:
@@ -82,7 +87,7 @@ def drawn_figures(results: Results, figures=FIGURES):
             if (fig := draw(results, **call)) is None: continue
             name = "-".join([draw.__name__.removeprefix("figure_"), *(slug(v) for v in call.values())])
             p = call.get("pathology", "")
-            yield name, heading, caption.format(model=call.get("model", call.get("base", "")), pathology=NAMES.get(p, p)), fig
+            yield name, heading, _said(caption, len({e["parameters"]["fold"] for e in results.evaluations})).format(model=call.get("model", call.get("base", "")), pathology=NAMES.get(p, p)), fig
 
 # %% ../nbs/46_report.ipynb #70738dd6
 def save_figure(fig, file) -> bytes:

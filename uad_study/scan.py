@@ -166,7 +166,9 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
         with _step(seconds, "compare"):
             far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
             if note: far |= dict(verdict="out")
-    notes = [n for n in (note, few_note(weights)) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
+    most = float(maps[score].max())
+    low = f"No voxel is above the given threshold {threshold:g}: the highest value of {score} in this scan is {most:.3g}." if source == "given" and most <= threshold else ""
+    notes = [n for n in (note, few_note(weights), low) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
     return ScanResult(scan, p, weights, score, threshold, source, state, None if weights.scores.own else x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
 
 # %% ../nbs/54_scan.ipynb #e18e365e

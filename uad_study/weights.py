@@ -20,7 +20,7 @@ from .postprocess import components, erode_mask, postprocess
 from .prepare import PrepareConfig
 from .reconstruct import further_draws, reconstruct_volume
 from .results import Results
-from .scores import OWN
+from .scores import DRAWN, OWN, PLAIN
 from .runs import RESULT, RUN, STAGES, provenance
 from .shipped import CARD, FORMAT, TENSORS, packaged_folder, packaged_weights, read_card, read_model
 from .train import load_model, train_config
@@ -87,6 +87,17 @@ def _evaluation(run: Path) -> tuple[Path | None, dict]:
         if (r.get("stage"), r.get("version")) == ("evaluate", STAGES["evaluate"]) and (d := r["parameters"].get("train_dir")) and (p.parent/d).resolve() == run.resolve(): found.append((p.parent, r["parameters"]))
     return min(found, key=lambda f: bool(f[1].get("restore_config")) and digest(f[1]["restore_config"]) != default, default=(None, {}))
 
+def _over(judged: dict, model: str, scoring: dict, restoring: dict) -> tuple[dict, bool]:
+    "The parameters of an evaluation with other settings over its own; and whether what it found holds for these (only scores were added or left out). Raises `UadError` for settings that a model does not have."
+    scores, restore = dict(judged.get("score_config") or {}), dict(judged.get("restore_config") or {})
+    if own := MODELS[model].own_score:
+        if odd := [n for n in scoring.get("names", ()) if n not in (*PLAIN, own)]: raise UadError(f"scores.names: {odd[0]!r} compares a scan with its restoration, and the model {model!r} makes none: name {own}, its own map, or one of {', '.join(PLAIN)}")
+    elif odd := [n for n in scoring.get("names", ()) if n in OWN]: raise UadError(f"scores.names: {odd[0]!r} is a map that the model fae makes itself, and the model {model!r} restores instead: leave it out")
+    if (odd := [n for n in scoring.get("names", ()) if n in DRAWN]) and not MODELS[model].restores: raise UadError(f"scores.names: {odd[0]!r} compares a scan with several restorations, but the model {model!r} restores always the same: leave it out")
+    if restoring: restoring = asdict(restore_config(model, restore | restoring))
+    holds = all(scores.get(k, getattr(ScoreConfig, k, None)) == v for k, v in scoring.items() if k != "names") and (not restoring or bool(restore) and restoring == asdict(restore_config(model, restore)))
+    return judged | dict(score_config=scores | scoring) | (dict(restore_config=restoring) if restoring else {}), holds
+
 def _asked(judged: dict) -> str:
     "What an evaluation's settings of scoring and restoring come to, for comparison."
     return digest(judged.get("score_config") or {}, judged.get("restore_config") or {})
@@ -117,12 +128,15 @@ def _maps(model, cohort: Cohort, row: int, names, scores: ScoreConfig, sums: Hea
     if x_hat is None: x_hat = reconstruct_volume(model, x, seed, device)
     return x_hat, maps_of_reconstruction(cohort, row, x_hat, names, scores, further_draws(model, x, scores.draws - 1, seed, device) if scores.drawn else None, sums)
 
-def _sums(model, cohort: Cohort, rows, scores: ScoreConfig, where: str) -> tuple[HealthyMaps | None, dict]:
+def _sums(model, cohort: Cohort, rows, scores: ScoreConfig, where: str, tick=None) -> tuple[HealthyMaps | None, dict]:
     "What the scores over healthy scans need of healthy validation rows, and the restorations {row: (H, W, D)} it was made of; (None, {}) where `scores` has no such score."
     if not (names := scores.over_healthy): return None, {}
     HealthyMaps.check(cohort, rows, names, where)
-    made = {r: reconstruct_volume(*_how(model, cohort, r)) for r in rows}
-    return HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, made[r], names, scores), where), made
+    made = {}
+    for i, r in enumerate(rows):
+        made[r] = reconstruct_volume(*_how(model, cohort, r))
+        if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}, restored")
+    return HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, made[r], names, scores), where, tick), made
 
 def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None, sums: HealthyMaps | None = None, made: dict | None = None) -> tuple[dict, dict]:
     "Thresholds by score, and the reference of `distance`, of healthy validation rows. `sums`, `made`: of `_sums`."
@@ -207,11 +221,11 @@ def _data_config(cohort: Cohort) -> dict:
     made = Path(cohort.folder).parent/"run.json"
     return read_json(made, RUN)["parameters"].get("data_config") or {} if made.is_file() else {}
 
-def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict:
+def export_weights(run, folder, name: str = "", device="cpu", tick=None, scoring: dict | None = None, restoring: dict | None = None) -> dict:
     """Write the best weights of the training in `run` to `folder` and return their card.
 
-    `name`: default MODEL-CONTRAST. Settings of scoring and restoring are those of an evaluation beside the training, where there is one; its figures go on the card. Raises `UadError` for what is no finished training, whose cohort
-    is gone, or has no healthy validation scans; and where `folder` exists and holds anything else than earlier weights of this training."""
+    `name`: default MODEL-CONTRAST. Settings of scoring and restoring are those of an evaluation beside the training, where there is one, with the settings `scoring` of `ScoreConfig` and `restoring` of `RestoreConfig` over them; its figures go on the
+    card, where they hold. Raises `UadError` for what is no finished training, whose cohort is gone, or has no healthy validation scans; and where `folder` exists and holds anything else than earlier weights of this training."""
     from safetensors.torch import save
     run, facts = training_of(run)
     folder, asked, result = Path(folder), facts["parameters"], read_json(run/"result.json", RESULT)
@@ -219,6 +233,7 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict
     _not_theirs(folder, "" if folder == run/"weights" else file_sha256(run/"best.pt"))
     cohort = Cohort((run/asked["cohort_dir"]).resolve())
     evaluation, judged = _evaluation(run)
+    judged, holds = _over(judged, asked["model_config"].get("name", "ddpm"), scoring or {}, restoring or {})
     scores, restore = from_dict(ScoreConfig, judged.get("score_config") or {}, f"{run.name}: score_config"), judged.get("restore_config")
     model, info = load_model(run/"best.pt", device, restore=from_dict(RestoreConfig, restore, f"{run.name}: restore_config") if restore else None)
     if cohort.info.get("source") != "virtual" and not cohort.info.get("prepare"): raise UadError(f"{cohort.folder}: does not say how its scans were prepared (it is of an older version): run the study again")
@@ -226,12 +241,12 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None) -> dict
     if not rows: raise UadError(f"{cohort.folder}: holds no healthy {asked['contrast']} validation scans: the threshold needs them")
     with atomic_dir(folder) as tmp:
         for d in ("models", "configs", "docs"): (tmp/d).mkdir()
-        sums, made = _sums(_rounded(model), cohort, rows, scores, f"{asked['contrast']}, fold {asked['fold']},")
+        sums, made = _sums(_rounded(model), cohort, rows, scores, f"{asked['contrast']}, fold {asked['fold']},", tick)
         thresholds, healthy = _healthy(model, cohort, rows, scores, tmp/"maps", tick, sums, made)
         marked = _healthy_test(model, cohort, [int(r) for r in cohort.select("test", asked["fold"], contrast=asked["contrast"], pathology="healthy")], scores, thresholds, tick, sums)
         (tmp/"models"/TENSORS).write_bytes(save({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in _once(model).items()}))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation), healthy_test=marked,
+                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation) if holds else [], healthy_test=marked,
                     tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
         if sums: sums.save(tmp/"models"); card["healthy_maps_sha256"] = file_sha256(tmp/"models"/HealthyMaps.FILE)
         write_json(tmp/"models"/CARD, card, FORMAT)
