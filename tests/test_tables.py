@@ -1,5 +1,5 @@
 "Tables and the page at their edges: missing folds, one class, no numbers, nothing at all, two models, variants, data sets of the paper, awkward names."
-import copy, json, re
+import copy, json, os, re
 import numpy as np, pandas as pd, pytest
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -340,7 +340,19 @@ def test_cases_are_chosen_by_a_main_score():
 def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
     "`uad report --interactive` where no case can be shown: one line and exit code 1, after a report that links none."
     links = []
-    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None))
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluate_dirs=[tmp_path/"evaluate"]))
     monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
     error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive"]).exception
     assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]
+
+
+def test_a_report_keeps_the_link_to_its_cases(monkeypatch, tmp_path):
+    "A plain `uad report` links the page of cases that is there, unless it is older than what was evaluated."
+    links, judged, page = [], tmp_path/"evaluate"/"result.json", tmp_path/"cases.html"
+    judged.parent.mkdir(); judged.touch(); os.utime(judged, (1000, 1000))
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluate_dirs=[judged.parent]))
+    monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
+    for when in (None, 999, 1001):
+        if when: page.touch(); os.utime(page, (when, when))
+        assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    assert links == ["", "", "cases.html"]
