@@ -228,6 +228,21 @@ def floor(batch=16, n=1024) -> str:
     work, reached, best = counted.get_total_flops(), counted.get_total_flops() / seconds(step, 3), 2 * n**3 / seconds(lambda: a @ a, 10)
     return f"A training step is {work / 1e9:.0f} GFLOP, done at {reached / 1e9:.0f} GFLOP/s; a product of {n}x{n} matrices reaches {best / 1e9:.0f}. No loop around this network in float32 could be more than {best / reached:.1f} times as fast as ours."
 
+def tried(batch=16) -> str:
+    "What else could make the training step faster without a number less in it, as ratios to it."
+    def step_of(channels_last: bool = False, compiled: bool = False):
+        model, x = build_model(model_config(read_study("demo").entries[0].model)), torch.rand(batch, 1, 96, 96)
+        if channels_last: model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        if compiled: model.denoiser.compile()
+        def step(): model.zero_grad(); model.loss(x, torch.Generator().manual_seed(0)).backward()
+        step()
+        return seconds(step, 4)
+    plain, last, said = step_of(), step_of(True), []
+    try: said = [f"compiled (`torch.compile`) {plain / step_of(compiled=True):.2f} times", f"both {plain / step_of(True, True):.2f} times"]
+    except Exception as e: said = [f"compiled not at all here ({type(e).__name__})"]
+    return f"Tried for it and left: in channels-last order it is {plain / last:.2f} times as fast, {', '.join(said)}."
+
+
 def start_up() -> list[str]:
     "Sentences on what starting takes."
     def run(code): subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -260,7 +275,7 @@ def main():
     v = provenance()
     packages = ", ".join(f"{k} {version(k)}" for k in ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "torchmetrics", "monai", "opensimplex", "numba"))
     text = ["# Speed on a CPU", f"Measured by `make bench`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {a.threads} {'thread' if a.threads == 1 else 'threads'} for ours and the peer, of {v['cores']} cores ({v['machine']}); "
-            f"Python {v['python']}, {packages}. float32. Ours and the peer in turn, best of {a.rounds} rounds; seconds are of this machine, the ratio is what counts.", "\n".join(head + lines), "Where the time of ours goes (torch's profiler, or Python's):\n\n" + "\n".join(found), floor(), *start_up()]
+            f"Python {v['python']}, {packages}. float32. Ours and the peer in turn, best of {a.rounds} rounds; seconds are of this machine, the ratio is what counts.", "\n".join(head + lines), "Where the time of ours goes (torch's profiler, or Python's):\n\n" + "\n".join(found), floor() + " " + tried(), *start_up()]
     (Path(__file__).parent/"bench.md").write_text("\n\n".join(text) + "\n")
     print("", text[-1], sep="\n")
 

@@ -132,7 +132,11 @@ def test_prepare_faults(scans, tmp_path):
 def test_study_on_prepared_scans(prepared, tmp_path):
     "A study that takes its scans from what `uad prepare` wrote, to the report."
     out, _, root = prepared
-    (tmp_path/"mine.yaml").write_text(TINY.replace("source: virtual, contrasts: [T2w], folds: 1, n_train: 3, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 2", "source: prepared, contrasts: [T2w], folds: 1"))
+    text = TINY.replace("source: virtual, contrasts: [T2w], folds: 1, n_train: 3, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 2", "source: prepared, contrasts: [T2w], folds: 1")
+    (tmp_path/"mine.yaml").write_text(text)
+    (tmp_path/"over.yaml").write_text(text.replace("names: [", "names: [l1_healthy, "))
+    one_line(uad("run", tmp_path/"over.yaml", "--data", out.parent, "--out", tmp_path/"over"), "l1_healthy needs 2 or more healthy validation scans", "fold 0", "holds 1")
+    assert not (tmp_path/"over").exists()                                                                         # nothing is trained for it
     r = uad("run", tmp_path/"mine.yaml", "--data", out.parent, "--out", tmp_path/"o")
     assert r.returncode == 0, r.stderr + r.stdout
     t = pd.read_csv(tmp_path/"o"/"table.csv")

@@ -325,6 +325,7 @@ def plan(study: Study, data_dir=None) -> list[Run]:
         if (k := digest(e.data)) not in prepares:
             prepares[k] = run("prepare", e.label if prepares else "", "", dict(data_config=e.data) | (dict(prepare_config=study.prepare) if e.data["source"] == "real_t1" else {}), [], _content(study, e.data, data_dir))
     prepare = next(iter(prepares.values()))
+    _enough_healthy(study, data_dir)
     for fold in range(study.data["folds"]):
         for contrast in study.data["contrasts"]:
             for i, e in enumerate(study.entries):
@@ -346,6 +347,17 @@ def _weights(e: Entry, contrast: str) -> dict:
     "The parameter `weights` of a training that packaged weights stand in for; {} for others."
     from uad_study.shipped import cards_for
     return dict(weights=dict(name=e.weights, sha256=cards_for(e.weights, (contrast,), e.data, "weights")[contrast]["tensors_sha256"])) if e.weights else {}
+
+def _enough_healthy(study: Study, data_dir):
+    "Raise `UadError` where prepared scans cannot be what a study's scores over healthy scans divide by: said before anything is trained. (`judge.HealthyMaps.check` says it of all others.)"
+    from uad_study.cohort import Cohort, patients, prepared_cohorts
+    from uad_study.judge import ScoreConfig
+    asked = {digest(e.data): (e.data, over[0]) for e in study.entries if e.data["source"] == "prepared" and (over := from_dict(ScoreConfig, e.scores, e.label).over_healthy)}
+    for data, score in asked.values():
+        cohorts = [Cohort(c) for c in prepared_cohorts(data_dir)]
+        for contrast, fold in [(c, f) for c in data["contrasts"] for f in range(data["folds"])]:
+            n = len({p for c in cohorts for p in patients(c.table)[c.select("val", fold, contrast=contrast, pathology="healthy")]})
+            if n < 2: raise UadError(f"scores.names: {score}_healthy needs 2 or more healthy validation scans, but of {contrast}, fold {fold}, {data_dir} holds {n or 'none'}: prepare more, or remove it")
 
 def _content(study: Study, data: dict, data_dir) -> list:
     "What the volumes of a study depend on besides its settings. Raises `UadError` when --data is missing or not needed."
