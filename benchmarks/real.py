@@ -2,7 +2,7 @@
 without --data docs/real.md alone, from benchmarks/real.json (with --run its section on the study anew).
 
 Every scan goes through `scan.score_scan`, as `uad score` does it; thresholds are those of the weights, set on healthy scans. Pictures are of scans whose licence allows it."""
-import argparse, json
+import argparse, json, tempfile
 from pathlib import Path
 import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -12,7 +12,7 @@ from uad_study.prepare import lesion_on_grid, to_native
 from uad_study.runs import provenance
 from uad_study.scan import judged_share, score_scan
 from uad_study.volume import load_mask, load_volume
-from uad_study.weights import load_weights
+from uad_study.weights import export_weights, load_weights
 
 HERE = Path(__file__).resolve().parent.parent
 IXI = "train_healthy/ixi2mm/"
@@ -26,7 +26,7 @@ SCANS = [                                            # name, contrast, scan, les
     ("MSLUB 26", "T2w", "eval_ms/patient26_T2.nii.gz", "eval_ms/masks_mni/patient26_gold.nii.gz", "stripped", True),
     ("stroke", "T2w", "eval_stroke/clinical_T2.nii", "eval_stroke/clinical_T2_lesion.nii", "head", True),
     ("healthy T2w", "T2w", "healthy_t2/allineate_T2w.nii.gz", "", "head", False)]
-SHOWN = ("l1", "ssim_ens")
+SHOWN = {"l1": "l1", "ssim_ens": "SSIM-ens", "l1_ssim": "l1 times SSIM-ens"}
 READING = """## What is seen
 
 Read on 2026-11-26 from the tables of that day.
@@ -56,19 +56,18 @@ def judge(r, lesion):
 
 
 def picture(cases, file):
-    "A row per case: scan, restoration, both maps with the found and the true outline, at the slice with most lesion."
-    fig, axes = plt.subplots(len(cases), 4, figsize=(8.2, 2.2 * len(cases)), dpi=110, squeeze=False, layout="constrained")
+    "A row per case: scan, restoration, the maps with the found and the true outline, at the slice with most lesion."
+    fig, axes = plt.subplots(len(cases), 2 + len(SHOWN), figsize=(2.05 * (2 + len(SHOWN)), 2.2 * len(cases)), dpi=110, squeeze=False, layout="constrained")
     for i, (row, (name, r, lesion)) in enumerate(zip(axes, cases)):
         on_grid = lesion_on_grid(lesion, r.prepared.brain_mask, r.prepared.to_atlas, r.prepared.grid_affine)[0]
         z = int(on_grid.sum((0, 1)).argmax())
         cut = lambda a: np.asarray(a)[:, :, z].T
-        for ax, (title, a, kw) in zip(row, [("scan", np.where(r.prepared.brain_mask, r.prepared.image, 0), dict(cmap="gray", vmin=0, vmax=1)), ("restored", np.where(r.prepared.brain_mask, r.reconstruction, 0), dict(cmap="gray", vmin=0, vmax=1)),
-                                            ("l1", r.maps["l1"], dict(cmap="inferno", vmin=0)), ("SSIM-ens", r.maps["ssim_ens"], dict(cmap="inferno", vmin=0))]):
+        for ax, (s, title, a, kw) in zip(row, [("", title, np.where(r.prepared.brain_mask, a, 0), dict(cmap="gray", vmin=0, vmax=1)) for title, a in (("scan", r.prepared.image), ("restored", r.reconstruction))]
+                                         + [(s, title, r.maps[s], dict(cmap="inferno", vmin=0)) for s, title in SHOWN.items()]):
             ax.imshow(cut(a), origin="lower", **kw); ax.set_xticks([]); ax.set_yticks([])
             if i == 0: ax.set_title(title, fontsize=9)
             if title == "scan": ax.contour(cut(on_grid), [.5], colors="#56b4e9", linewidths=.9)
-            if title in ("l1", "SSIM-ens"):
-                s = "l1" if title == "l1" else "ssim_ens"
+            if s:
                 found = components(r.maps[s] > r.weights.thresholds[s], r.weights.scores.min_voxels)
                 if found[:, :, z].any(): ax.contour(cut(found), [.5], colors="w", linewidths=.7)
                 ax.contour(cut(on_grid), [.5], colors="#56b4e9", linewidths=.7)
@@ -77,11 +76,15 @@ def picture(cases, file):
 
 
 def run(data, trained):
-    rows, cases = [], []
+    rows, cases, real = [], [], None
+    if trained:
+        with tempfile.TemporaryDirectory() as place:
+            export_weights(trained, Path(place)/"real", "real", scoring=dict(names=["intensity", *SHOWN]))
+            real = load_weights(Path(place)/"real")
     for name, contrast, file, lesion, state, show in SCANS:
         scan = load_volume(data/file)
         truth = load_mask(data/lesion, like=scan) if lesion else None
-        for source, w in [("virtual", load_weights("ddpm", contrast))] + ([("real", load_weights(trained))] if trained and contrast == "T1w" else []):
+        for source, w in [("virtual", load_weights("ddpm", contrast))] + ([("real", real)] if real and contrast == "T1w" else []):
             r = score_scan(scan, w, state=state)
             common = dict(scan=name, contrast=contrast, weights=source, verdict=r.distance["verdict"], healthy=r.weights.card["healthy"]["n"], judged=judged_share(r.prepared, r.weights.scores.erode), error=r.distance["error"]["value"], error_largest=r.distance["error"]["largest"], seconds=sum(r.seconds.values()),
                           lesion_ml=float(truth.data.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000) if truth else None)
@@ -98,7 +101,7 @@ def study(run) -> str:
     r = open_results(run.parent)
     said = lambda v: f"{100 * v.dice:.1f}" + ("" if v.dice_lo != v.dice_lo else f" [{100 * v.dice_lo:.0f}, {100 * v.dice_hi:.0f}]")
     rows = [(f"*{'virtual' if 'virtual' in m else 'real'}*, {label}", [said(t.iloc[0]) if len(t := r.rows(model=m, score=k, pathology=p)) else "" for p in r.pathologies]) for m in r.models for k, label in (("l1", "l1"), ("ssim_ens", "SSIM-ens"))]
-    rows += [(f"*{'virtual' if 'virtual' in m else 'real'}*, mean of three noise levels, {label}", [said(t.iloc[0]) if len(t := r.rows(model=m, score=k, pathology=p)) else "" for p in r.pathologies]) for m in r.variants for k, label in (("l1", "l1"), ("ssim_ens", "SSIM-ens"), ("l1_ssim", "l1 times SSIM-ens"))]
+    rows += [(f"*{'virtual' if 'virtual' in m else 'real'}*, mean of three noise levels, {label}", [said(t.iloc[0]) if len(t := r.rows(model=m, score=k, pathology=p)) else "" for p in r.pathologies]) for m in r.variants for k, label in SHOWN.items()]
     rows = [("plain intensity, dark", [said(r.rows(model=r.models[0], score="intensity_dark", pathology=p).iloc[0]) for p in r.pathologies]), *rows]
     return "\n".join(["## The study", "", f"`uad run real-t1`: threshold from semi-synthetic lesions in two people, Dice (%) on the study's grid, in brackets 95 % intervals over people. All tables: [real-t1](../benchmarks/real-t1.md).", "",
                       "| | " + " | ".join(NAMES.get(p, p) for p in r.pathologies) + " |", "|" + " --- |" * (1 + len(r.pathologies)), *("| " + " | ".join([n, *c]) + " |" for n, c in rows), "",
@@ -110,7 +113,7 @@ def page(t, p, of_study) -> str:
     healthy = t.groupby("weights", sort=False).healthy.first()
     named = dict(virtual="*virtual*", real="*real*")
     def table(rows, lesions):
-        head = ["scan", "weights", "like the training?", "judged (%)", *(["lesion (mL)"] if lesions else []), *(f"{s}: " + ("Dice, best possible, mL marked" if lesions else "mL marked") for s in ("plain intensity", "l1", "SSIM-ens"))]
+        head = ["scan", "weights", "like the training?", "judged (%)", *(["lesion (mL)"] if lesions else []), *(f"{s}: " + ("Dice, best possible, mL marked" if lesions else "mL marked") for s in ("plain intensity", *SHOWN.values()))]
         out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for (n, c, w), g in rows.groupby(["scan", "contrast", "weights"], sort=False):
             cells = [f"{number(100 * r.dice)}, {number(100 * r.oracle)}, {number(r.ml)}" if lesions else number(r.ml) for r in g.itertuples()]

@@ -3,7 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from conftest import TINY
+from conftest import TINY, one_line, uad
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 from uad_study import runs
@@ -133,3 +133,16 @@ def test_written_figures_are_those_of_the_file(ours):
 def test_nobody_is_judged_twice(tmp_path):
     r = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import ours; ours.cohort_in = lambda out: None; ours.Restorations = lambda c, f: None; ours.main('judge', {str(tmp_path)!r})"], capture_output=True, text=True, timeout=300)
     assert r.returncode and "were judged already" in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+
+def test_weights_are_exported_with_it(tiny_out, tmp_path):
+    "`uad export --set`: a score that the study did not ask for, with a threshold of its own; `uad score` takes it."
+    train = next(tiny_out.glob("train-*"))
+    r = uad("export", train, "--out", tmp_path/"w", "--set", "names=[l1, ssim_ens, l1_ssim]", "--set", "t_test=[250, 500]")
+    assert r.returncode == 0, r.stderr
+    card = json.loads((tmp_path/"w"/"models"/"weights.json").read_text())
+    assert set(card["thresholds"]) == {"l1", "ssim_ens", "l1_ssim"} and card["restore"]["t_test"] == [250, 500] and card["results"] == [] and "l1_ssim" in (tmp_path/"w"/"docs"/"README.md").read_text()
+    one_line(uad("export", train, "--out", tmp_path/"w2", "--set", "t_tset=250"), "t_test")
+    one_line(uad("export", train, "--out", tmp_path/"w2", "--set", "t_test=1000"), "t_test")
+    one_line(uad("export", train, "--out", tmp_path/"w2", "--set", "names=[feature_ssim]"), "feature_ssim")
+    assert not (tmp_path/"w2").exists()

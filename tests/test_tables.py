@@ -1,10 +1,10 @@
 "Tables and the page at their edges: missing folds, one class, no numbers, nothing at all, two models, variants, data sets of the paper, awkward names."
-import copy, json, os, re
+import copy, json, re
 import numpy as np, pandas as pd, pytest
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typer.testing import CliRunner
-from uad_study import report, tables
+from uad_study import page, report, tables
 from uad_study.cli import app
 from uad_study.core import UadError, placeless
 from uad_study.manifest import listing
@@ -340,19 +340,18 @@ def test_cases_are_chosen_by_a_main_score():
 def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
     "`uad report --interactive` where no case can be shown: one line and exit code 1, after a report that links none."
     links = []
-    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluate_dirs=[tmp_path/"evaluate"]))
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None))
     monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
     error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive"]).exception
     assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]
 
 
 def test_a_report_keeps_the_link_to_its_cases(monkeypatch, tmp_path):
-    "A plain `uad report` links the page of cases that is there, unless it is older than what was evaluated."
-    links, judged, page = [], tmp_path/"evaluate"/"result.json", tmp_path/"cases.html"
-    judged.parent.mkdir(); judged.touch(); os.utime(judged, (1000, 1000))
-    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluate_dirs=[judged.parent]))
+    "A plain `uad report` links the page of cases that is there, if it is of the same evaluations."
+    links, results = [], SimpleNamespace(notes=[], cohort=None, evaluations=[dict(key="a"), dict(key="b")])
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: results)
     monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
-    for when in (None, 999, 1001):
-        if when: page.touch(); os.utime(page, (when, when))
+    for keys in ((), ("a", "c"), ("b", "a")):
+        if keys: (tmp_path/"cases.html").write_text(f"<head><meta name=shows content='{page._shows(SimpleNamespace(evaluations=[dict(key=k) for k in keys]))}'>")
         assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
     assert links == ["", "", "cases.html"]

@@ -259,9 +259,9 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
         try:
             if interactive: _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
         except UadError as e: lost = e                                              # the report comes all the same
+        from uad_study.page import shows
         page = Path(out)/"cases.html"
-        current = page.is_file() and all(page.stat().st_mtime >= (Path(d)/"result.json").stat().st_mtime for d in results.evaluate_dirs)          # of these evaluations, not of earlier ones
-        write_report(results, out, page.name * (not lost if interactive else current), tick)
+        write_report(results, out, page.name * (not lost if interactive else page.is_file() and shows(page, results)), tick)
     print(f"report: {Path(out)/'report.html'}")
     if lost: raise lost
     if interactive: print(f"cases:  {Path(out)/'cases.html'}")

@@ -22,7 +22,7 @@ from .volume import GRID_AFFINE, load_map
 
 # %% ../nbs/48_rejudge.ipynb #9cd53951
 def settings_in(changes, **kinds) -> dict[str, dict]:
-    "Settings of several dataclasses, by part (`scores=ScoreConfig`), from words such as 'median=3' or 'scores.names=[l1, ssim_ens]' (YAML after the '='). Raises `UadError` for an unknown one, or a value that is none."
+    "Settings of several dataclasses, by part (`scores=ScoreConfig`), from words such as 'median=3' or 'scores.names=[l1, ssim_ens]' (YAML after the '='). Raises `UadError` for an unknown one, or none; whether values make sense is seen where they meet the others."
     import yaml
     out, known = {part: {} for part in kinds}, {f.name: part for part, kind in kinds.items() for f in fields(kind)}
     for text in changes:
@@ -31,15 +31,16 @@ def settings_in(changes, **kinds) -> dict[str, dict]:
         key = choice(key if part in (*kinds, "") else f"{part}.{key}", known, "--set")
         if part and part != known[key]: raise UadError(f"--set: {part}.{key} is none: it is {known[key]}.{key}")
         try: value = yaml.safe_load(value)
-        except yaml.YAMLError: is_ = ""
+        except (yaml.YAMLError, ValueError, RecursionError): is_ = ""               # a date that is none is a ValueError to YAML
         if not is_ or value is None: raise UadError(f"--set: {text!r}: write it as NAME=VALUE, such as median=3 or names=[l1, ssim_ens]")
         out[known[key]][key] = value
-    for part, kind in kinds.items(): from_dict(kind, out[part], "--set")
     return out
 
 def score_settings(changes) -> dict:
-    "Settings of `ScoreConfig` from such words."
-    return settings_in(changes, scores=ScoreConfig)["scores"]
+    "Settings of `ScoreConfig` from such words; also raises `UadError` for values that make no sense."
+    out = settings_in(changes, scores=ScoreConfig)["scores"]
+    from_dict(ScoreConfig, out, "--set")
+    return out
 
 # %% ../nbs/48_rejudge.ipynb #f92f0f0b
 def _judged(out: Path, parameters: dict, work, places: dict, made_from: dict, study: str) -> Path:

@@ -56,12 +56,12 @@ FIGURES = (
     (figure_cost, "The matrix: which model, which score, at what cost?", "What does a point of Dice cost? Dice with its 95 % interval over patients against the seconds that a volume takes to be restored and scored (left out where no run recorded them), and against parameters. Each model with the score that is chosen without looking at a lesion; joined to it, the score over several restorations. Dotted: intensity, thresholded without a model."),
     (figure_size, "Lesion by lesion, and by size", "Left: Dice per patient against lesion volume, {model}; lines, where patients are many enough, join groups of like volume. Right: share of true lesions that the prediction touches, by size, with Wilson's 95 % interval and the number of lesions above. A map that marks most of the brain finds every lesion, and means nothing."),
     (figure_transfer, "Whose threshold?", "Dice (%) of {model} at each threshold rule (rows) on each test set (columns). Boxed: the headline threshold. Small numbers: change in Dice points against it; colour: the same in percent, orange lost and purple gained. A dash was not tried."),
-    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule.[ Where folds scatter as wide as the rules differ, a rule has little to say.] Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
-    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model}[ (mean over folds)]. Grey: the prevalence. Rings: the threshold from validation, before small components are removed."),
-    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan.[ Shading: range over folds.]"),
+    (figure_thresholds, "Whose threshold?", "The thresholds of {model} themselves, a mark per fold and rule.[[ Where folds scatter as wide as the rules differ, a rule has little to say.|]] Open triangles: 10, 5 and 1 % of healthy voxels, from low to high."),
+    (figure_curves, "Over all thresholds", "Precision and recall over pooled test voxels, {model}[[ (mean over folds)|]]. Grey: the prevalence. Rings: the threshold from validation, before small components are removed."),
+    (figure_calibration, "Healthy scans", "Healthy test scans at thresholds set on healthy validation scans, {model}. Left: share of voxels above, against the nominal share. Right: false positives after post-processing, mL a scan.[[ Shading: range over folds.|]]"),
     (figure_ceiling, "The ceiling", "What is left of a perfect map: Dice of the truth, blurred by sigma, by median and erosion (on a few volumes), and under the study's own settings (black, all test patients). Diamond: the truth without blur. The median removes small lesions; some blur saves them."),
     (figure_post, "The ceiling", "Dice of {model} against sigma with no median, 3³ and 5³ voxels, with and without erosion of the brain mask, each with its own threshold from validation, on a few volumes. Star: best sigma. Where the star moves with the median, part of the preference is the filter's. Above: the ceiling under the same post-processing."),
-    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: [one standard deviation over folds|the 95 % interval over patients]. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
+    (figure_sigma, "Which sigma?", "Dice against the kernel width of SSIM, {model}, with l1 and SSIM-ens as lines. Star: best sigma on the test set, which nobody knows beforehand (the table's \"sigma chosen on validation\" is what tuning buys). Bands and bars: [[one standard deviation over folds|the 95 % interval over patients]]. Above: the ceiling, the truth itself blurred by that sigma, through the same post-processing."),
     (figure_fold_spread, "Folds", "Dots: Dice of each fold, {model}. Bar: mean and 95 % interval over patients, folds averaged first. Folds share one test set; their spread says nothing about other patients."),
     (figure_variants, "What matters", "What each setting changes in Dice, {model}: paired difference to the base, 95 % intervals over patients."),
     (figure_alpha, "How subtle may a lesion be?", "Dice against the strength of the semi-synthetic lesions: 1 is as dark as CSF, 0.1 hardly visible."),
@@ -77,8 +77,8 @@ def _calls(draw, results: Results) -> list[dict]:
     return [m | p for m in models for p in ([dict(pathology=p) for p in results.pathologies] if "pathology" in names else [{}])]
 
 def _said(caption: str, folds: int) -> str:
-    "A caption with what is in [brackets] where there are several folds, and where there is one with what stands there behind a |."
-    return re.sub(r"\[([^|\]]*)\|?([^\]]*)\]", lambda m: m[1] if folds > 1 else m[2], caption)
+    "A caption with, of each [[one|other]], the one where there are several folds, else the other."
+    return re.sub(r"\[\[(.*?)\|(.*?)\]\]", lambda m: m[1] if folds > 1 else m[2], caption)
 
 def drawn_figures(results: Results, figures=FIGURES):
     "(file name without suffix, heading, caption, matplotlib figure) of every figure that there is something to show for."
@@ -87,7 +87,7 @@ def drawn_figures(results: Results, figures=FIGURES):
             if (fig := draw(results, **call)) is None: continue
             name = "-".join([draw.__name__.removeprefix("figure_"), *(slug(v) for v in call.values())])
             p = call.get("pathology", "")
-            yield name, heading, _said(caption, len({e["parameters"]["fold"] for e in results.evaluations})).format(model=call.get("model", call.get("base", "")), pathology=NAMES.get(p, p)), fig
+            yield name, heading, _said(caption, results.rows(**{k: v for k, v in call.items() if k == "model"}).fold.nunique()).format(model=call.get("model", call.get("base", "")), pathology=NAMES.get(p, p)), fig
 
 # %% ../nbs/46_report.ipynb #70738dd6
 def save_figure(fig, file) -> bytes:

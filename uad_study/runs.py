@@ -356,8 +356,10 @@ def _enough_healthy(study: Study, data_dir):
     for data, score in asked.values():
         cohorts = [Cohort(c) for c in prepared_cohorts(data_dir)]
         for contrast, fold in [(c, f) for c in data["contrasts"] for f in range(data["folds"])]:
-            n = len({p for c in cohorts for p in patients(c.table)[c.select("val", fold, contrast=contrast, pathology="healthy")]})
-            if n < 2: raise UadError(f"scores.names: {score}_healthy needs 2 or more healthy validation scans, but of {contrast}, fold {fold}, {data_dir} holds {n or 'none'}: prepare more, or remove it")
+            with_it = [c for c in cohorts if (c.table.contrast == contrast).any()]                                # a contrast that is nowhere is refused in other words
+            if own := [c for c in with_it if (c.info.get("prepare") or {}).get("field_of_view") == "own"]: raise UadError(f"scores.names: {score}_healthy compares scans place by place, but those in {own[0].folder} were prepared with field_of_view 'own': prepare them with 'fixed', or remove it")
+            n = len({p for c in with_it for p in patients(c.table)[c.select("val", fold, contrast=contrast, pathology="healthy")]})
+            if with_it and n < 2: raise UadError(f"scores.names: {score}_healthy needs 2 or more healthy validation scans, but of {contrast}, fold {fold}, {data_dir} holds {n or 'none'}: prepare more, or remove it")
 
 def _content(study: Study, data: dict, data_dir) -> list:
     "What the volumes of a study depend on besides its settings. Raises `UadError` when --data is missing or not needed."

@@ -173,7 +173,7 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
 
 # %% ../nbs/54_scan.ipynb #e18e365e
 SUMMARY = "uad-score/1"
-SCORE_VERSION = 4
+SCORE_VERSION = 5
 "Raised when a change alters what is written: part of a scan's key."
 
 def _stem(file) -> str: return re.sub(r"\.nii(\.gz)?$", "", Path(file).name, flags=re.I)

@@ -9,7 +9,7 @@ __all__ = ['BINS', 'RESEARCH_ONLY', 'NOT_FOR', 'FEW', 'Weights', 'histogram', 't
 # %% ../nbs/53_weights.ipynb #0af14c03
 import json
 import numpy as np
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from . import __version__
 from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_settings, read_json, write_json
@@ -20,7 +20,7 @@ from .postprocess import components, erode_mask, postprocess
 from .prepare import PrepareConfig
 from .reconstruct import further_draws, reconstruct_volume
 from .results import Results
-from .scores import DRAWN, OWN, PLAIN
+from .scores import OWN, PLAIN, sigma_of
 from .runs import RESULT, RUN, STAGES, provenance
 from .shipped import CARD, FORMAT, TENSORS, packaged_folder, packaged_weights, read_card, read_model
 from .train import load_model, train_config
@@ -45,8 +45,8 @@ class Weights:
 
     @property
     def score(self) -> str:
-        "The score that is meant where none is named: SSIM-ens, or the model's own."
-        return self.scores.own or "ssim_ens"
+        "The score that is meant where none is named: the model's own, else SSIM-ens, else the first that there is."
+        return self.scores.own or ("ssim_ens" if "ssim_ens" in self.scores.names else self.scores.names[0])
 
 def histogram(image, brain_mask) -> np.ndarray:
     "Shares of the brain's voxels by intensity, (BINS,), sum 1."
@@ -77,36 +77,48 @@ def training_of(run) -> tuple[Path, dict]:
     if not (run/"best.pt").exists() or not (run/"result.json").exists(): raise UadError(f"{run}: its training is not finished: run the study again to go on")
     return run, facts
 
-def _evaluation(run: Path) -> tuple[Path | None, dict]:
-    "A finished evaluation (of this version) of a training beside it, of several ways to restore the default one, if it is there, and its parameters; (None, {}) without."
-    name, found = read_json(run/"run.json", RUN)["parameters"]["model_config"].get("name", "ddpm"), []
-    default = digest(restore_config(name) if MODELS[name].restores else {})
+def _evaluations(run: Path) -> list[tuple[Path, dict]]:
+    "The finished evaluations (of this version) of a training beside it, and their parameters."
+    found = []
     for p in sorted(run.parent.glob("evaluate-*/result.json")):
         try: r = read_json(p, RESULT)
         except UadError: continue
         if (r.get("stage"), r.get("version")) == ("evaluate", STAGES["evaluate"]) and (d := r["parameters"].get("train_dir")) and (p.parent/d).resolve() == run.resolve(): found.append((p.parent, r["parameters"]))
+    return found
+
+def _evaluation(run: Path) -> tuple[Path | None, dict]:
+    "The one of them whose settings weights have: of several ways to restore the default one, if it is there; (None, {}) without."
+    name, found = read_json(run/"run.json", RUN)["parameters"]["model_config"].get("name", "ddpm"), _evaluations(run)
+    default = digest(restore_config(name) if MODELS[name].restores else {})
     return min(found, key=lambda f: bool(f[1].get("restore_config")) and digest(f[1]["restore_config"]) != default, default=(None, {}))
 
-def _over(judged: dict, model: str, scoring: dict, restoring: dict) -> tuple[dict, bool]:
-    "The parameters of an evaluation with other settings over its own; and whether what it found holds for these (only scores were added or left out). Raises `UadError` for settings that a model does not have."
-    scores, restore = dict(judged.get("score_config") or {}), dict(judged.get("restore_config") or {})
-    if own := MODELS[model].own_score:
-        if odd := [n for n in scoring.get("names", ()) if n not in (*PLAIN, own)]: raise UadError(f"scores.names: {odd[0]!r} compares a scan with its restoration, and the model {model!r} makes none: name {own}, its own map, or one of {', '.join(PLAIN)}")
-    elif odd := [n for n in scoring.get("names", ()) if n in OWN]: raise UadError(f"scores.names: {odd[0]!r} is a map that the model fae makes itself, and the model {model!r} restores instead: leave it out")
-    if (odd := [n for n in scoring.get("names", ()) if n in DRAWN]) and not MODELS[model].restores: raise UadError(f"scores.names: {odd[0]!r} compares a scan with several restorations, but the model {model!r} restores always the same: leave it out")
-    if restoring: restoring = asdict(restore_config(model, restore | restoring))
-    holds = all(scores.get(k, getattr(ScoreConfig, k, None)) == v for k, v in scoring.items() if k != "names") and (not restoring or bool(restore) and restoring == asdict(restore_config(model, restore)))
-    return judged | dict(score_config=scores | scoring) | (dict(restore_config=restoring) if restoring else {}), holds
+def _settings(judged: dict, model: str, scoring: dict, restoring: dict, where: str) -> tuple[ScoreConfig, RestoreConfig | None]:
+    "How weights score and restore: as an evaluation with the parameters `judged` did, with other settings over these. Raises `UadError` for settings that make no sense, or that the model does not have."
+    theirs, own = MODELS[model], MODELS[model].own_score
+    if own and (odd := [n for n in scoring.get("names", ()) if n not in (*PLAIN, own)]): raise UadError(f"scores.names: {odd[0]!r} compares a scan with its restoration, and the model {model!r} makes none: name {own}, its own map, or one of {', '.join(PLAIN)}")
+    scores = from_dict(ScoreConfig, (judged.get("score_config") or {}) | scoring, f"{where}: scores")
+    if scores.own and not own: raise UadError(f"scores.names: {scores.own!r} is a map that the model fae makes itself, and the model {model!r} restores instead: leave it out")
+    if scores.drawn and not theirs.restores: raise UadError(f"scores.names: {scores.drawn[0]!r} compares a scan with several restorations, but the model {model!r} restores always the same: leave it out")
+    restore = (judged.get("restore_config") or {}) | restoring
+    return scores.for_own(own) if own else scores, restore_config(model, restore, f"{where}: restore") if restore or theirs.restores else None
+
+def _holding(run: Path, model: str, scores: ScoreConfig, restore: RestoreConfig | None) -> Path | None:
+    "An evaluation of the training in `run` whose figures hold for these settings (other scores may be named); None where there is none."
+    def alike(c: ScoreConfig): return replace(c if c.drawn else replace(c, draws=ScoreConfig.draws, mahalanobis_reg=ScoreConfig.mahalanobis_reg), names=("l1",))
+    for folder, judged in _evaluations(run):
+        theirs = _settings(judged, model, {}, {}, folder.name)
+        if (alike(theirs[0]), theirs[1]) == (alike(scores), restore): return folder
+    return None
 
 def _asked(judged: dict) -> str:
     "What an evaluation's settings of scoring and restoring come to, for comparison."
     return digest(judged.get("score_config") or {}, judged.get("restore_config") or {})
 
-def _measured(evaluation: Path | None) -> list[dict]:
-    "What an evaluation found: a row for each pathology and score; [] without one."
+def _measured(evaluation: Path | None, names) -> list[dict]:
+    "What an evaluation found: a row for each pathology and score of `names`; [] without one."
     if evaluation is None: return []
     table = Results("", "", None, [evaluation]).table
-    table = table[table.model != "perfect map"]
+    table = table[(table.model != "perfect map") & table.score.isin(list(names))]
     keep = ["pathology", "score", "dice", "dice_lo", "dice_hi", "healthy_dice", "auprc", "chance", "n_val", "n_test", "threshold_from"]
     return [{k: (None if isinstance(v, float) and not np.isfinite(v) else round(v, 4) if isinstance(v, float) else v) for k, v in row.items()} for row in table[keep].to_dict("records")]
 
@@ -135,7 +147,7 @@ def _sums(model, cohort: Cohort, rows, scores: ScoreConfig, where: str, tick=Non
     made = {}
     for i, r in enumerate(rows):
         made[r] = reconstruct_volume(*_how(model, cohort, r))
-        if tick: tick(i + 1, len(rows), f"healthy scan {i + 1}, restored")
+        if tick: tick(i + 1, len(rows), "healthy scans restored")
     return HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, made[r], names, scores), where, tick), made
 
 def _healthy(model, cohort: Cohort, rows, scores: ScoreConfig, folder: Path, tick=None, sums: HealthyMaps | None = None, made: dict | None = None) -> tuple[dict, dict]:
@@ -170,8 +182,8 @@ def _card_text(c: dict) -> str:
     "The card as Markdown."
     t, d = c["training"], c["data"]
     said = lambda r: f" [{100 * r['dice_lo']:.1f}, {100 * r['dice_hi']:.1f}]" if None not in (r["dice_lo"], r["dice_hi"]) else ""
-    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and r["score"] in ("l1", "ssim_ens", *OWN, "intensity"))
-    marked = "; ".join(f"{s} {h['mean_ml']:.2f} mL on average, at most {c['scores']['healthy_ml']:g} mL in {100 * h['share']:.0f} % of {h['n']}, at worst {h['most_ml']:.1f} mL" for s, h in c["healthy_test"].items() if s in ("ssim_ens", "l1", *OWN))
+    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and (sigma_of(r["score"]) is None or len(c["thresholds"]) < 4))
+    marked = "; ".join(f"{s} {h['mean_ml']:.2f} mL on average, at most {c['scores']['healthy_ml']:g} mL in {100 * h['share']:.0f} % of {h['n']}, at worst {h['most_ml']:.1f} mL" for s, h in c["healthy_test"].items() if s in ("ssim_ens", "l1", "l1_ssim", *OWN) or len(c["healthy_test"]) < 4)
     return f"""# {c['name']}
 
 {RESEARCH_ONLY}
@@ -232,10 +244,10 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None, scoring
     if asked.get("weights"): raise UadError(f"{run}: its weights came with the package: use them by their name, {asked['weights']['name']}-{asked['contrast']}")
     _not_theirs(folder, "" if folder == run/"weights" else file_sha256(run/"best.pt"))
     cohort = Cohort((run/asked["cohort_dir"]).resolve())
-    evaluation, judged = _evaluation(run)
-    judged, holds = _over(judged, asked["model_config"].get("name", "ddpm"), scoring or {}, restoring or {})
-    scores, restore = from_dict(ScoreConfig, judged.get("score_config") or {}, f"{run.name}: score_config"), judged.get("restore_config")
-    model, info = load_model(run/"best.pt", device, restore=from_dict(RestoreConfig, restore, f"{run.name}: restore_config") if restore else None)
+    _, judged = _evaluation(run)
+    changed, kind = dict(scoring=scoring or {}, restoring=restoring or {}), asked["model_config"].get("name", "ddpm")
+    scores, restore = _settings(judged, kind, **changed, where=run.name)
+    model, info = load_model(run/"best.pt", device, restore=restore)
     if cohort.info.get("source") != "virtual" and not cohort.info.get("prepare"): raise UadError(f"{cohort.folder}: does not say how its scans were prepared (it is of an older version): run the study again")
     rows = [int(r) for r in cohort.select("val", asked["fold"], contrast=asked["contrast"], pathology="healthy")]
     if not rows: raise UadError(f"{cohort.folder}: holds no healthy {asked['contrast']} validation scans: the threshold needs them")
@@ -246,8 +258,8 @@ def export_weights(run, folder, name: str = "", device="cpu", tick=None, scoring
         marked = _healthy_test(model, cohort, [int(r) for r in cohort.select("test", asked["fold"], contrast=asked["contrast"], pathology="healthy")], scores, thresholds, tick, sums)
         (tmp/"models"/TENSORS).write_bytes(save({k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in _once(model).items()}))
         card = dict(name=name or f"{model.config.name}-{asked['contrast']}", contrast=asked["contrast"], model=asdict(model.config), parameters=parameter_count(model), restore=asdict(model.restore) if model.restores else None,
-                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(evaluation) if holds else [], healthy_test=marked,
-                    tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=_asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
+                    scores=plain_settings(scores), prepare=cohort.info.get("prepare") or {}, data=cohort.facts() | dict(config=_data_config(cohort)), training=_trained(run, cohort, asked, result, info["step"]), thresholds=thresholds, healthy=healthy, results=_measured(_holding(run, kind, scores, restore), thresholds), healthy_test=marked,
+                    tensors_sha256=file_sha256(tmp/"models"/TENSORS), checkpoint_sha256=file_sha256(run/"best.pt"), judged=digest(_asked(judged), changed) if any(changed.values()) else _asked(judged), version=__version__, provenance=provenance(), not_for=NOT_FOR, research_only=RESEARCH_ONLY)
         if sums: sums.save(tmp/"models"); card["healthy_maps_sha256"] = file_sha256(tmp/"models"/HealthyMaps.FILE)
         write_json(tmp/"models"/CARD, card, FORMAT)
         for file, content in zip(("metadata.json", "inference.json"), _bundle(card)): (tmp/"configs"/file).write_text(json.dumps(content, indent=1) + "\n")
