@@ -29,6 +29,7 @@ def test_a_card_and_its_model(name):
     made = card["data"]["config"]
     assert made["source"] == "virtual" and made["n_train"] >= 300 and card["training"]["subjects"] >= 300 and card["healthy"]["n"] >= 20
     assert made["seed"] not in {e.data["seed"] for s in ("demo", "demo-full", "demo-train") for e in runs.read_study(s).entries}
+    assert set(card["thresholds"]) == set(runs.read_study("weights").entries[0].scores["names"]) | ({"intensity_dark"} if name.endswith("T1w") else set()) and "l1_ssim" in card["healthy_test"]
     assert len(card["training"]["commit"]) == 40 and card["training"]["best_val_loss"] < card["training"]["curve"][0]["val_loss"] / 3
     assert {r["pathology"] for r in card["results"]} == ({"stroke", "wmh"} if name.endswith("T1w") else {"tumour", "ms"}) and all(r["n_test"] >= 25 for r in card["results"])
     text = (folder/"docs"/"README.md").read_text()

@@ -182,7 +182,7 @@ def _card_text(c: dict) -> str:
     "The card as Markdown."
     t, d = c["training"], c["data"]
     said = lambda r: f" [{100 * r['dice_lo']:.1f}, {100 * r['dice_hi']:.1f}]" if None not in (r["dice_lo"], r["dice_hi"]) else ""
-    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and (sigma_of(r["score"]) is None or len(c["thresholds"]) < 4))
+    rows = "\n".join(f"| {r['pathology']} | {r['score']} | {100 * r['dice']:.1f}{said(r)} | {r['n_test']} | {r['threshold_from']} |" for r in c["results"] if r["dice"] is not None and r["score"] in c["thresholds"] and (sigma_of(r["score"]) is None or len(c["thresholds"]) < 4))
     marked = "; ".join(f"{s} {h['mean_ml']:.2f} mL on average, at most {c['scores']['healthy_ml']:g} mL in {100 * h['share']:.0f} % of {h['n']}, at worst {h['most_ml']:.1f} mL" for s, h in c["healthy_test"].items() if s in ("ssim_ens", "l1", "l1_ssim", *OWN) or len(c["healthy_test"]) < 4)
     return f"""# {c['name']}
 
