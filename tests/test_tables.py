@@ -340,7 +340,7 @@ def test_cases_are_chosen_by_a_main_score():
 def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
     "`uad report --interactive` where no case can be shown: one line and exit code 1, after a report that links none."
     links = []
-    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None))
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluations=[]))
     monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
     error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive"]).exception
     assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]

@@ -109,7 +109,7 @@ def pack_case(results: Results, model: str, fold: int, row: int, kind: str = "")
     return says, gzip.compress(b"".join([*(b.tobytes() for b in bits), left.tobytes()]), 9, mtime=0)
 
 # %% ../nbs/52_page.ipynb #c559c12f
-def choose_cases(results: Results, model: str, fold: int, n: int = 4) -> dict[int, str]:
+def choose_cases(results: Results, model: str, fold: int, n: int = 6) -> dict[int, str]:
     "Rows of the cohort, and what each is of its pathology by Dice of SSIM-ens, or the last of the model's main scores ('median', 'worst', 'best'): at most `n`, the medians first."
     t, c = results.cohort.table, results.cases
     row = {k: i for i, k in enumerate(zip(t.subject_id, t.contrast, t.pathology))}
@@ -459,7 +459,7 @@ def _first_with_restorations(results) -> tuple[str, int]:
             if label == model and any(folder.glob("reconstructions-*/reconstructions.json")): return model, int(e["parameters"]["fold"])
     raise UadError(f"{results.evaluate_dirs[0]}: no restoration is on this disk: write the page where the study ran")
 
-def write_page(results: Results, file, cases=None, n: int = 4, tick=None):
+def write_page(results: Results, file, cases=None, n: int = 6, tick=None):
     """Write one self-contained HTML file in which slice, sigma and threshold of chosen cases are dragged; whole or not at all, the same bytes for the same results.
 
     `cases`: rows of the cohort, test cases of the first model with restorations; None: see `choose_cases` (at most `n`). `tick(what)` hears of each as it begins. Raises `UadError` where the volumes or the restorations are not on the disk, and for other rows."""

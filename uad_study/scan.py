@@ -167,7 +167,7 @@ def score_scan(scan, weights: Weights, brain_mask=None, *, state: str = "auto", 
             far, note = distance(weights, p.image, x_hat, p.brain_mask), contrast_note(p, weights)
             if note: far |= dict(verdict="out")
     most = float(maps[score].max())
-    low = f"No voxel is above the given threshold {threshold:g}: the highest value of {score} in this scan is {most:.3g}." if source == "given" and most <= threshold else ""
+    low = f"No voxel is above the given threshold {threshold:g}: the highest value of {score} in this scan is {most:.3g}{f', and the threshold of the weights {own:.3g}' if np.isfinite(own := weights.thresholds.get(score, np.nan)) else ''}." if source == "given" and most <= threshold else ""
     notes = [n for n in (note, few_note(weights), low) if n] + [VIRTUAL_NOTE] * (weights.card.get("data", {}).get("source") == "virtual")
     return ScanResult(scan, p, weights, score, threshold, source, state, None if weights.scores.own else x_hat, maps, found, found_parts(found, maps[score], p), far, notes, seconds)
 
@@ -258,7 +258,7 @@ def scan_pictures(result: ScanResult) -> tuple[dict, float]:
     scan = ((scan - low) / max(high - low, 1e-6))[tuple(slice(2 * b.start, 2 * b.stop) for b in box)]
     scores, found = (np.asarray(a)[box] for a in (result.maps[result.score], result.found))
     restored = None if result.reconstruction is None else np.where(p.brain_mask, result.reconstruction, 0)[box]
-    top = max(float(np.percentile(scores[scores > 0], 99.8)) if (scores > 0).any() else 0., 1.25 * result.threshold, 1e-6)
+    top = max(float(np.percentile(scores[scores > 0], 99.8)) if (scores > 0).any() else 0., 1.25 * result.threshold if result.threshold_from != "given" or result.threshold <= scores.max() else 0., 1e-6)             # a threshold beyond the map must not make it black
     at, pictures = [c - b.start for c, b in zip(_centre(result), box)], {}
     gray = lambda a: (np.clip(a, 0, 1)[..., None] * 255).astype(np.uint8).repeat(3, -1)
     for plane, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
@@ -442,6 +442,6 @@ def score_files(files, weights: Weights, out, brain_mask: str = "", tick=None, *
     table = pd.DataFrame(rows)
     if (table.how == "failed").all() and not len(before): return table                                            # nothing to list: a folder that was somebody else's stays as it was
     kept = before[[(l not in set(table.label)) and (out/l/"summary.json").is_file() for l in before.label]] if len(before) else before
-    listed = table.assign(error=[placeless(e) for e in table.error])
+    listed = table.assign(error=[placeless(e) for e in table.error], **({"components": table.components.astype("Int64")} if "components" in table else {}))
     with atomic_file(out/"scores.csv") as tmp: (pd.concat([kept, listed]) if len(kept) else listed).to_csv(tmp, index=False)
     return table
