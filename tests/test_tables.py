@@ -346,6 +346,14 @@ def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
     assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]
 
 
+def test_a_case_that_is_none_stops_at_once(monkeypatch, tmp_path):
+    "A typo in --case: one line with the nearest names, and nothing is written over."
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], evaluations=[], cohort=SimpleNamespace(table=pd.DataFrame(dict(subject_id=["tumour-0001", "ms-0001"])))))
+    monkeypatch.setattr("uad_study.report.write_report", lambda *a: pytest.fail("written"))
+    error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive", "--case", "tumor-0001"]).exception
+    assert isinstance(error, UadError) and "did you mean tumour-0001 or" in str(error)
+
+
 def test_a_report_keeps_the_link_to_its_cases(monkeypatch, tmp_path):
     "A plain `uad report` links the page of cases that is there, if it is of the same evaluations."
     links, results = [], SimpleNamespace(notes=[], cohort=None, evaluations=[dict(key="a"), dict(key="b")])

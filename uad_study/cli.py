@@ -235,9 +235,10 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
 
 def _rows_of(results, cases) -> list[int]:
     "The rows of the cohort of subjects by name."
-    from uad_study.core import choice
+    from difflib import get_close_matches
     ids = results.cohort.table.subject_id
-    for c in cases: choice(c, list(dict.fromkeys(ids)), "--case")
+    for c in cases:
+        if c not in set(ids): raise UadError(f"--case: {c!r} is no subject of the cohort: did you mean {' or '.join(get_close_matches(c, ids.unique(), 2, 0))}?")
     return [i for c in cases for i in ids.index[ids == c]]
 
 def _cases_page(results, file, cases, where, tick):
