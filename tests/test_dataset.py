@@ -135,7 +135,7 @@ def test_study_on_prepared_scans(prepared, tmp_path):
     text = TINY.replace("source: virtual, contrasts: [T2w], folds: 1, n_train: 3, n_val: 1, n_test: 1, n_lesion_val: 1, n_lesion_test: 2", "source: prepared, contrasts: [T2w], folds: 1")
     (tmp_path/"mine.yaml").write_text(text)
     (tmp_path/"over.yaml").write_text(text.replace("names: [", "names: [l1_healthy, "))
-    one_line(uad("run", tmp_path/"over.yaml", "--data", out.parent, "--out", tmp_path/"over"), "l1_healthy needs 2 or more healthy validation scans", "fold 0", "holds 1")
+    one_line(uad("run", tmp_path/"over.yaml", "--data", out.parent, "--out", tmp_path/"over"), "l1_healthy needs 2 or more healthy validation scans", "fold 0", "there is 1")
     assert not (tmp_path/"over").exists()                                                                         # nothing is trained for it
     r = uad("run", tmp_path/"mine.yaml", "--data", out.parent, "--out", tmp_path/"o")
     assert r.returncode == 0, r.stderr + r.stdout

@@ -353,3 +353,9 @@ def test_real_scans(weights, tmp_path, file, state):
     for image in outputs(tmp_path/row["label"]).values():
         assert image.shape == stored.shape[:3]
         np.testing.assert_allclose(image.affine, stored.affine, atol=1e-3)
+
+
+def test_a_missing_scan_is_named_before_a_contrast_is_asked_for(tmp_path):
+    one_line(uad("score", tmp_path/"nothere.nii.gz", "--out", tmp_path/"o"), "nothere.nii.gz: no such file")
+    (tmp_path/"there.nii.gz").touch()
+    one_line(uad("score", tmp_path/"there.nii.gz", "--out", tmp_path/"o"), "--contrast: is needed")

@@ -340,10 +340,10 @@ def test_cases_are_chosen_by_a_main_score():
 def test_the_report_comes_without_a_page_of_cases(monkeypatch, tmp_path):
     "`uad report --interactive` where no case can be shown: one line and exit code 1, after a report that links none."
     links = []
-    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluations=[]))
+    monkeypatch.setattr("uad_study.results.gather", lambda folders: SimpleNamespace(notes=[], cohort=None, evaluations=[], evaluate_dirs=[tmp_path]))
     monkeypatch.setattr("uad_study.report.write_report", lambda results, out, cases_page, tick: links.append(cases_page))
     error = CliRunner().invoke(app, ["report", str(tmp_path), "--interactive"]).exception
-    assert isinstance(error, UadError) and "no case can be shown" in str(error) and links == [""]
+    assert isinstance(error, UadError) and "write the page on the machine that has them" in str(error) and links == [""]
 
 
 def test_a_case_that_is_none_stops_at_once(monkeypatch, tmp_path):

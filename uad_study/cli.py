@@ -233,6 +233,7 @@ def status(out: Annotated[Path, typer.Argument(help="A folder of results.")] = P
         for s in found: print(f"{s.state:<10} {s.label:<36} " + "  ".join(f"{h} {c}".strip() if h != "steps" else c for h, c in zip(HEADS[2:], row(s)[2:]) if c))
     console.print(counts(found))
 
+# %% ../nbs/59_cli.ipynb #53fb6e8d
 def _rows_of(results, cases) -> list[int]:
     "The rows of the cohort of subjects by name."
     from difflib import get_close_matches
@@ -241,11 +242,6 @@ def _rows_of(results, cases) -> list[int]:
         if c not in set(ids): raise UadError(f"--case: {c!r} is no subject of the cohort: did you mean {' or '.join(get_close_matches(c, ids.unique(), 2, 0))}?")
     return [i for c in cases for i in ids.index[ids == c]]
 
-def _cases_page(results, file, cases, where, tick):
-    from uad_study.page import write_page
-    if results.cohort is None: raise UadError(f"{where}: the volumes are not there, so no case can be shown: name the folder of results where they are")
-    write_page(results, file, _rows_of(results, cases) if cases else None, tick=tick)
-
 @app.command()
 def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders of results (default: runs/demo). Several are reported as one: folds from several machines, or methods judged on the same volumes.")] = None,
            out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Where the report goes (default: the folder itself; runs/report for several).")] = None,
@@ -253,25 +249,23 @@ def report(folders: Annotated[Optional[list[Path]], typer.Argument(help="Folders
            cases: Annotated[Optional[list[str]], typer.Option("--case", metavar="SUBJECT", help="With --interactive: this test subject (may be given several times; default: six, a typical one of each pathology and then the worst of each).")] = None):
     "Write the report and its tables from finished evaluations, in a minute or two. Says what is missing; refuses runs that don't belong together, naming the difference."
     from tqdm import tqdm
+    from uad_study.page import shows, write_page
     from uad_study.report import write_report
     from uad_study.results import gather
     folders = folders or [Path("runs/demo")]
     out, results = out or (folders[0] if len(folders) == 1 else Path("runs/report")), gather(folders)
     for n in results.notes: print(f"missing: {n}", file=sys.stderr)
     if cases and not interactive: raise UadError("--case: is for --interactive: add that")
-    if cases and results.cohort is not None: _rows_of(results, cases)
-    lost = None
+    rows, lost, page = _rows_of(results, cases) if cases and results.cohort is not None else None, None, Path(out)/"cases.html"
     with tqdm(bar_format="{desc} ({elapsed})", disable=None, leave=False) as bar:
         tick = lambda what: bar.set_description_str(f"writing {what}")
         try:
-            if interactive: _cases_page(results, Path(out)/"cases.html", cases, folders[0], tick)
+            if interactive: write_page(results, page, rows, tick=tick)
         except UadError as e: lost = e                                              # the report comes all the same
-        from uad_study.page import shows
-        page = Path(out)/"cases.html"
         write_report(results, out, page.name * shows(page, results), tick)
     print(f"report: {Path(out)/'report.html'}")
     if lost: raise lost
-    if interactive: print(f"cases:  {Path(out)/'cases.html'}")
+    if interactive: print(f"cases:  {page}")
 
 # %% ../nbs/59_cli.ipynb #532ef8b2
 @app.command()
@@ -474,7 +468,6 @@ def score(scans: Annotated[list[Path], typer.Argument(metavar="SCAN...", help="N
     from uad_study.weights import RESEARCH_ONLY
     setup_logging(verbose)
     if contrast: choice(contrast, ("T1w", "T2w"), "--contrast")
-    if gone := [s for s in scans if not s.exists()]: raise UadError(f"{gone[0]}: no such file: check the name and the folder")
     w = weights_for(weights, contrast, scans, device := pick_device(device))
     files = find_scans(scans, w.contrast)
     with out_folder(out) as out, Scored(len(files)) as show: table = score_files(files, w, out, brain_mask, show, state=state, score=name, threshold=threshold, device=device)

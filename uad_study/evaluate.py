@@ -132,7 +132,7 @@ def _healthy_maps(cohort, contrast, fold, x_hat, config: ScoreConfig, folder=Non
     "The sums that the scores over healthy scans need, of the validation volumes that `x_hat` holds, written to `folder`; None where `config` has no such score. Without `x_hat`: only the check whether they can be made."
     if not (names := config.over_healthy): return None
     rows, where = [r for r in cohort.select("val", fold, contrast=contrast, pathology="healthy") if x_hat is None or r in x_hat], f"{contrast}, fold {fold},"
-    if x_hat is None: return HealthyMaps.check(cohort, rows, names, where)
+    if x_hat is None: return HealthyMaps.check([(cohort, rows)], names, where)
     healthy = HealthyMaps.made(cohort, rows, names, lambda r: maps_of_reconstruction(cohort, r, x_hat[r], names, config), where, tick)
     healthy.save(folder)
     return healthy

@@ -170,15 +170,15 @@ class HealthyMaps(_KeptSums):
         self.who = None if cohort is None else patients(cohort.table)
 
     @staticmethod
-    def check(cohort: Cohort, rows, names, where: str):
-        "Raise `UadError` where the rows can't be what the scores `names` divide by: of fewer than two persons, or scans that are known to lie on grids of their own. `where`: which scans they are, in words."
-        if (n := len(set(patients(cohort.table)[list(rows)]))) < 2: raise UadError(f"scores.names: {names[0]}_healthy needs 2 or more healthy validation scans, but of {where} there {'is 1' if n else 'are none'}: add some (data.n_val), or remove it")
-        if (cohort.info.get("prepare") or {}).get("field_of_view") == "own": raise UadError(f"scores.names: {names[0]}_healthy compares scans place by place, but those in {cohort.folder} were prepared with field_of_view 'own', each on a grid of its own: prepare them with 'fixed', or remove it")
+    def check(parts, names, where: str):
+        "Raise `UadError` where the (cohort, rows) of `parts` can't be what the scores `names` divide by: of fewer than two persons, or scans that are known to lie on grids of their own. `where`: which scans they are, in words."
+        if (n := len({p for cohort, rows in parts for p in patients(cohort.table)[list(rows)]})) < 2: raise UadError(f"scores.names: {names[0]}_healthy needs 2 or more healthy validation scans, but of {where} there {'is 1' if n else 'are none'}: add some (data.n_val), or remove it")
+        if own := [c for c, _ in parts if (c.info.get("prepare") or {}).get("field_of_view") == "own"]: raise UadError(f"scores.names: {names[0]}_healthy compares scans place by place, but those in {own[0].folder} were prepared with field_of_view 'own', each on a grid of its own: prepare them with 'fixed', or remove it")
 
     @classmethod
     def made(cls, cohort: Cohort, rows, names, of, where: str, tick=None):
         "The sums of the maps `of(row)`. Raises what `check` raises."
-        cls.check(cohort, rows := [int(r) for r in rows], names, where)
+        cls.check([(cohort, rows := [int(r) for r in rows])], names, where)
         totals, brains = np.zeros((len(names), *GRID_SHAPE)), np.zeros(GRID_SHAPE, np.uint16)
         for i, r in enumerate(rows):
             maps, brain = of(r), np.asarray(cohort.brain_masks[r])

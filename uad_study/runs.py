@@ -349,17 +349,15 @@ def _weights(e: Entry, contrast: str) -> dict:
     return dict(weights=dict(name=e.weights, sha256=cards_for(e.weights, (contrast,), e.data, "weights")[contrast]["tensors_sha256"])) if e.weights else {}
 
 def _enough_healthy(study: Study, data_dir):
-    "Raise `UadError` where prepared scans cannot be what a study's scores over healthy scans divide by: said before anything is trained. (`judge.HealthyMaps.check` says it of all others.)"
-    from uad_study.cohort import Cohort, patients, prepared_cohorts
-    from uad_study.judge import ScoreConfig
-    asked = {digest(e.data): (e.data, over[0]) for e in study.entries if e.data["source"] == "prepared" and (over := from_dict(ScoreConfig, e.scores, e.label).over_healthy)}
-    for data, score in asked.values():
+    "Raise `UadError` where prepared scans cannot be what a study's scores over healthy scans divide by: said before anything is trained."
+    from uad_study.cohort import Cohort, prepared_cohorts
+    from uad_study.judge import HealthyMaps, ScoreConfig
+    asked = {digest(e.data): (e.data, over) for e in study.entries if e.data["source"] == "prepared" and (over := from_dict(ScoreConfig, e.scores, e.label).over_healthy)}
+    for data, names in asked.values():
         cohorts = [Cohort(c) for c in prepared_cohorts(data_dir)]
         for contrast, fold in [(c, f) for c in data["contrasts"] for f in range(data["folds"])]:
-            with_it = [c for c in cohorts if (c.table.contrast == contrast).any()]                                # a contrast that is nowhere is refused in other words
-            if own := [c for c in with_it if (c.info.get("prepare") or {}).get("field_of_view") == "own"]: raise UadError(f"scores.names: {score}_healthy compares scans place by place, but those in {own[0].folder} were prepared with field_of_view 'own': prepare them with 'fixed', or remove it")
-            n = len({p for c in with_it for p in patients(c.table)[c.select("val", fold, contrast=contrast, pathology="healthy")]})
-            if with_it and n < 2: raise UadError(f"scores.names: {score}_healthy needs 2 or more healthy validation scans, but of {contrast}, fold {fold}, {data_dir} holds {n or 'none'}: prepare more, or remove it")
+            with_it = [(c, c.select("val", fold, contrast=contrast, pathology="healthy")) for c in cohorts if (c.table.contrast == contrast).any()]
+            if with_it: HealthyMaps.check(with_it, names, f"{contrast}, fold {fold}, in {data_dir}")              # a contrast that is nowhere is refused in other words
 
 def _content(study: Study, data: dict, data_dir) -> list:
     "What the volumes of a study depend on besides its settings. Raises `UadError` when --data is missing or not needed."

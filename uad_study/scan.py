@@ -373,6 +373,7 @@ def weights_for(name: str, contrast: str = "", scans=(), device: str = "cpu") ->
     if not contrast and family and str(name) not in packaged_weights() and not any((Path(name)/f).is_file() for f in (f"models/{CARD}", "run.json")):
         said = {_said_contrast(f) for s in map(Path, scans) for f in (_inside(s) if s.is_dir() else [s])}
         contrast = said.pop() if len(said) == 1 and said & {"T1w", "T2w"} else family[0] if len(family) == 1 else ""
+        if not contrast and (gone := [s for s in scans if not Path(s).exists()]): raise UadError(f"{gone[0]}: no such file: check the name and the folder")
         if not contrast: raise UadError(f"--contrast: is needed, for there are weights {name} for T1w and for T2w, and the scans' names do not tell (they would, if all ended in _T1w or _T1, or all in _T2w or _T2)")
     return load_weights(name, contrast or None, device)
 

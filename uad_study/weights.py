@@ -143,7 +143,7 @@ def _maps(model, cohort: Cohort, row: int, names, scores: ScoreConfig, sums: Hea
 def _sums(model, cohort: Cohort, rows, scores: ScoreConfig, where: str, tick=None) -> tuple[HealthyMaps | None, dict]:
     "What the scores over healthy scans need of healthy validation rows, and the restorations {row: (H, W, D)} it was made of; (None, {}) where `scores` has no such score."
     if not (names := scores.over_healthy): return None, {}
-    HealthyMaps.check(cohort, rows, names, where)
+    HealthyMaps.check([(cohort, rows)], names, where)
     made = {}
     for i, r in enumerate(rows):
         made[r] = reconstruct_volume(*_how(model, cohort, r))
