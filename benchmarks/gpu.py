@@ -39,10 +39,10 @@ def matmul_rate(device, n: int, calls: int) -> float:
     return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=c), device, calls, 3)
 
 
-def step_flop(config, batch: int) -> int:
+def step_flop(config, batch: int, network=Denoiser) -> int:
     "FLOP of forward and backward pass of a training step, counted on small tensors' shapes only (nothing is computed)."
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"): denoiser = Denoiser(config)
+    with torch.device("meta"): denoiser = network(config)
     x, t = torch.empty(batch, 1, 96, 96, device="meta"), torch.zeros(batch, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter: denoiser(x, t).sum().backward()
     return counter.get_total_flops()
@@ -66,7 +66,7 @@ def training(config, batch: int, device, volumes: int, calls: int, rate: float) 
         noise = seconds(lambda: t.model.noise(x, generator_for(device, 0)), device, calls, 2)
         peer = {}
         for amp in (False, True):
-            loop = peers.MonaiLoop(slices, Denoiser(config), batch, settings.lr, amp=amp, device=device)
+            loop = peers.MonaiLoop(slices, peers.MonaiDenoiser(config), batch, settings.lr, amp=amp, device=device)
             loop.network.denoiser.load_state_dict(weights)
             peer[amp] = seconds(loop.step, device, calls, 2)
         flop = step_flop(config, batch)
@@ -78,6 +78,25 @@ def training(config, batch: int, device, volumes: int, calls: int, rate: float) 
                 line("MONAI's loop, mixed precision", f"{peer[True] * 1e3:.3g} ms, {peer[True] / ours:.2f} times ours", "1.5 times", peer[True] / ours >= 1.5),
                 line(f"a fold of {PAPER_STEPS:,} such steps", f"{fold:.3g} minutes", f"{FOLD_MINUTES} minutes", fold <= FOLD_MINUTES),
                 line("simplex noise, share of a step", f"{noise * 1e3:.3g} ms, {noise / ours:.2%}", "1 %", noise < .01 * ours)]
+
+
+def orders(config, batch: int, device, calls: int, backend: str = "inductor") -> list[str]:
+    "Lines on forward and backward pass of the network alone in bf16, as MONAI has it and as ours is, in both orders of memory, compiled or not: what `models.placed` should choose on this device."
+    g, lines = torch.Generator(device).manual_seed(0), []
+    x, t = torch.rand(batch, 1, 96, 96, generator=g, device=device), torch.randint(1000, (batch,), generator=g, device=device)
+    for compiled in (False, True):
+        for name, network in (("MONAI's network", peers.MonaiDenoiser), ("ours", Denoiser)):
+            for order, form in (("as torch makes it", torch.contiguous_format), ("channels last", torch.channels_last)):
+                net = network(config).to(device, memory_format=form)
+                if compiled: net.compile(backend=backend)
+                def step():
+                    net.zero_grad()
+                    with torch.autocast(torch.device(device).type, torch.bfloat16): loss = net(x, t).square().mean()
+                    loss.backward()
+                try: figure = f"{seconds(step, device, calls, 3) * 1e3:.3g} ms"
+                except Exception as e: figure = f"does not run ({type(e).__name__})"
+                lines.append(f"| network alone, forward and backward: {name}, {order}{', compiled' * compiled} | {figure} | | |")
+    return lines
 
 
 def scoring(device, calls: int, bandwidth: float) -> list[str]:
@@ -101,7 +120,7 @@ def main():
     demo = read_study("demo").entries[0].model
     config = model_config(demo | dict(channels=[16, 32], num_head_channels=16, patch=4) if a.smoke else "ddpm")
     lines = ["| what | measured | bar | met |", "|---|---|---|---|", f"| copy bandwidth, read and written | {bandwidth / 1e12:.3g} TB/s | | |", f"| bf16 matrix product, {size['n']} x {size['n']} | {rate / 1e12:.3g} TFLOP/s | | |",
-             *training(config, size["batch"], device, size["volumes"], calls, rate), *scoring(device, calls, bandwidth)]
+             *training(config, size["batch"], device, size["volumes"], calls, rate), *orders(config, size["batch"], device, calls, "eager" if a.smoke else "inductor"), *scoring(device, calls, bandwidth)]
     v = provenance(device)
     text = ["# A smoke run on the CPU: its figures mean nothing" if a.smoke else "# Speed on a GPU", f"Measured by `make bench-gpu`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}; Python {v['python']}, "
             f"torch {v['packages']['torch']}, monai {version('monai')}. Means over {calls} calls, the best of three runs.", "\n".join(lines)]

@@ -30,9 +30,9 @@ def cost(f, repeat: int = 1) -> dict:
     return dict(seconds=min(times), mb=max([*seen, own_mb()]) - before)
 
 def demo_model():
-    from uad_study.models import build_model, model_config
+    from uad_study.models import build_model, model_config, placed
     from uad_study.runs import read_study
-    return build_model(model_config(read_study("demo").entries[0].model)).eval()
+    return placed(build_model(model_config(read_study("demo").entries[0].model)), "cpu").eval()
 
 def on_disk(folder: Path) -> dict:
     files = [p for p in folder.rglob("*") if p.is_file()]

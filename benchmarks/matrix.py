@@ -9,15 +9,16 @@ from pathlib import Path
 def measure(settings: dict, batch: int, device: str, steps: int = 4) -> dict:
     "Median seconds of training steps of `batch` slices (after one to warm up), and of restoring 50 slices, or making their maps (of a large model on a CPU: 10 times those of 5); of steps of what is trained `first`, 0 without."
     import numpy as np, torch
-    from uad_study.models import MODELS, build_model, model_config, output, parameter_count
+    from uad_study.models import MODELS, build_model, model_config, output, parameter_count, placed
     from uad_study.train import TrainConfig, autocast
     torch.set_num_threads(1)
     config, g = model_config(settings), lambda: torch.Generator(device).manual_seed(0)
-    model, first = build_model(config).to(device).train(), getattr(MODELS[config.name], "first", lambda c: None)(config)
+    precision = autocast(TrainConfig(), device)[1]
+    model, first = placed(build_model(config), device, precision).train(), getattr(MODELS[config.name], "first", lambda c: None)(config)
     x, y = torch.rand(batch, 1, 96, 96, device=device), torch.rand(50, 1, 96, 96, device=device)
     times = 10 if device == "cpu" and parameter_count(model) > 5e6 else 1
     def step_of(model):
-        optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
         def step():
             with autocast(TrainConfig(), device)[0]: loss = model.loss(x, g())
             optimizer.zero_grad(); loss.backward(); optimizer.step()
@@ -27,7 +28,7 @@ def measure(settings: dict, batch: int, device: str, steps: int = 4) -> dict:
         for _ in range(n + 1):
             t = clock(device); f(); took.append(clock(device) - t)
         return float(np.median(took[1:]))
-    return dict(parameters=parameter_count(model), step=seconds(step_of(model), steps), first=seconds(step_of(build_model(config, kind=first).to(device).train()), steps) if first else 0., restore=times * seconds(lambda: [output(model.eval(), s, g()) for s in y[:50 // times].split(50 if device != "cpu" else 10)], 1))
+    return dict(parameters=parameter_count(model), step=seconds(step_of(model), steps), first=seconds(step_of(placed(build_model(config, kind=first), device, precision).train()), steps) if first else 0., restore=times * seconds(lambda: [output(model.eval(), s, g()) for s in y[:50 // times].split(50 if device != "cpu" else 10)], 1))
 
 
 def clock(device="cpu") -> float:

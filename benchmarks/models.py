@@ -11,14 +11,14 @@ def measure(settings: dict, batch: int, restore: bool, device: str, threads: int
     "Best seconds of `steps` training steps (after one to warm up), seconds to restore 50 slices, and peak memory in MB: of the process, less what it held before the model; on a GPU of its tensors."
     import torch
     torch.set_num_threads(threads)
-    from uad_study.models import MODELS, build_model, model_config, output, parameter_count, restore_config
+    from uad_study.models import MODELS, build_model, model_config, output, parameter_count, placed, restore_config
     from uad_study.train import TrainConfig, autocast
     import monai.networks.nets                                                   # its memory is not the model's
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     before, g = peak(), lambda: torch.Generator(device).manual_seed(0)
-    model = build_model(model_config(settings), restore=restore_config(settings["name"]) if MODELS[settings["name"]].restores else None).to(device).train()
-    optimizer, x, times = torch.optim.Adam(model.parameters()), torch.rand(batch, 1, 96, 96, generator=g(), device=device), []
+    model = placed(build_model(model_config(settings), restore=restore_config(settings["name"]) if MODELS[settings["name"]].restores else None), device, autocast(TrainConfig(), device)[1]).train()
+    optimizer, x, times = torch.optim.Adam(model.parameters(), fused=True), torch.rand(batch, 1, 96, 96, generator=g(), device=device), []
     for _ in range(steps + 1):
         wait(); t = time.perf_counter()
         with autocast(TrainConfig(), device)[0]: loss = model.loss(x, g())

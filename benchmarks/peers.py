@@ -30,8 +30,21 @@ def opensimplex_fields(tables, size: int, octaves: int = 6, persistence: float =
     return np.stack([sum(persistence**o * t.noise2array(a, a) for o, a in enumerate(at)).T for t in tables])
 
 
+class MonaiDenoiser(torch.nn.Module):
+    "The network of a `Denoiser` of `config` as MONAI has it: the same function, and the same names of weights. `patch` pixels are folded into channels before it, as ours are."
+    def __init__(self, config):
+        from monai.networks.nets import DiffusionModelUNet
+        super().__init__()
+        c, self.patch, planes = config, config.patch, config.patch**2
+        self.unet = DiffusionModelUNet(2, planes, planes, c.num_res_blocks, c.channels, (False,) * len(c.channels), c.norm_num_groups, resblock_updown=True, num_head_channels=c.num_head_channels)
+
+    def forward(self, x, t):
+        from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+        return pixel_shuffle(self.unet(pixel_unshuffle(x, self.patch), t), self.patch)
+
+
 class MonaiLoop:
-    """The training loop of MONAI's DDPM tutorial on slices (n, 1, H, W) in [0, 1]: CacheDataset, DataLoader, DiffusionInferer, Adam; predicting the sample with an L1 loss, on the weights of our `denoiser` (a `Denoiser`).
+    """The training loop of MONAI's DDPM tutorial on slices (n, 1, H, W) in [0, 1]: CacheDataset, DataLoader, DiffusionInferer, Adam; predicting the sample with an L1 loss, by the network `denoiser` (f(x_t, t), as `MonaiDenoiser`).
 
     `simplex`: with noise of the opensimplex package, else `torch.randn`. `amp`: the tutorial's autocast to float16 with a GradScaler (on the CPU to bfloat16 without one)."""
     def __init__(self, slices, denoiser, batch_size, lr, simplex=False, amp=False, device="cpu"):

@@ -238,6 +238,9 @@ def test_inspector_labs_in_the_browser(browser):
     thumbs = [(b, b.get_attribute("title")) for b in page.locator(".uad-thumb:not([disabled])").all()]                  # the gallery opens the case in the inspector
     thumb, says = next((b, t) for b, t in thumbs if t.partition(",")[0] != look.chosen("row").split()[0] and t.endswith(" mL"))
     after(thumb.click, "inspector")
+    for _ in range(200):                                                                                                # the subject comes first, then its slice: a slow browser shows both
+        if f"of it false {says.partition(': ')[2]}" in look.words: break
+        page.wait_for_timeout(100)
     assert look.chosen("row").split()[0] == says.partition(",")[0] and f"of it false {says.partition(': ')[2]}" in look.words, (says, look.words)
 
     after(lambda: page.select_option(".uad-sigma-row select", index=1), "sigmas", "lesions")                            # the sigma lab: another subject; another slice of the same lesions

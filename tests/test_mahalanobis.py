@@ -12,7 +12,7 @@ from uad_study.cohort import Cohort, Item, open_reconstructions, write_cohort
 from uad_study.core import UadError, digest, from_dict
 from uad_study.evaluate import ReportConfig, evaluate_again, evaluate_training, kept_restorations
 from uad_study.judge import ScoreConfig, maps_of_reconstruction
-from uad_study.models import build_model, model_config
+from uad_study.models import build_model, model_config, placed
 from uad_study.reconstruct import further_draws, reconstruct_volume
 from uad_study.scores import DRAWN, SCORES, check_score, equalised_map, l1_ssim, mahalanobis_map, score_maps, ssim_map
 from uad_study.train import save_checkpoint
@@ -271,7 +271,7 @@ def judged(tmp_path_factory):
     subjects = [("val", "healthy", phantom.healthy(1, ("T2w",))), *(("val", "tumour", phantom.diseased(k, "tumour")) for k in (2,)), *(("test", "tumour", phantom.diseased(k, "tumour")) for k in (3, 4)), ("test", "healthy", phantom.healthy(5, ("T2w",)))]
     items = [Item(dict(subject_id=f"s{i}", contrast="T2w", pathology=p, split=split, val_fold=0 if split == "val" else -1), s.images["T2w"], s.brain_mask, *((s.lesion_mask, s.twins["T2w"]) if p == "tumour" else ())) for i, (split, p, s) in enumerate(subjects)]
     write_cohort(d/"cohort", items, len(items), {"source": "virtual"})
-    model = build_model(model_config(dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=4)), 1)
+    model = placed(build_model(model_config(dict(channels=[16, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=4)), 1), "cpu")
     with torch.no_grad():
         for p in model.parameters(): p.add_(.02)
     for name, m in (("train", model), ("ae", build_model(model_config(dict(name="ae", channels=[8, 16], latent=8)), 1))): save_checkpoint(d/name/"best.pt", m, step=7, contrast="T2w", fold=0)

@@ -313,6 +313,9 @@ def test_command(trained, tmp_path, monkeypatch):
     assert again.returncode == 0 and again.stdout.count("done already") == 2, again.stdout + again.stderr
     assert pd.read_csv(tmp_path/"out"/"scores.csv").volume_ml.tolist() == table.volume_ml[:2].tolist()
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [".lock", "scores.csv", "sub-01_T2w", "sub-02_T2w"]
+    other = uad("score", "in/sub-01_T2w.nii.gz", "--weights", trained, "--out", "out", "--score", "ssim_ens", cwd=tmp_path)             # a folder holds one result a scan
+    assert other.returncode == 0 and "in place of an earlier result" in other.stdout, other.stdout + other.stderr
+    assert pd.read_csv(tmp_path/"out"/"scores.csv").set_index("label").how.to_dict() == {"sub-02_T2w": "kept", "sub-01_T2w": "replaced"}
     (tmp_path/"bad").mkdir(); [(tmp_path/"bad"/f"{k}.nii.gz").write_text("no image") for k in "ab"]
     none = CliRunner().invoke(app, ["score", "--weights", str(trained), "--out", str(tmp_path/"none"), str(tmp_path/"bad")])
     assert none.exit_code == 1 and none.output.count("failed: ") == 2 and [p.name for p in (tmp_path/"none").iterdir()] == [".lock"]                       # nothing listed where nothing was found
@@ -336,6 +339,8 @@ def test_families(monkeypatch, tmp_path):
     scan.weights_for("ddpm", "", ["in"]); assert asked[-1][:2] == ("ddpm", "T1w")
     assert [f.name for f in find_scans(["in"], "T1w")] == ["sub-1_T1w.nii.gz", "sub-2_T1w.NII.GZ"] and label_of("in/sub-2_T1w.NII.GZ", "T1w") == "sub-2_T1w"
     scan.weights_for("ddpm", "", ["patient07_T1.nii.gz", "b-t1w.nii"]); assert asked[-1][:2] == ("ddpm", "T1w")
+    with pytest.raises(UadError, match="x.nii: no such file"): scan.weights_for("ddpm", "", ["x.nii"])              # before it is asked for a contrast
+    for name in ("x.nii", "a_T1w.nii", "a_T2w.nii"): (tmp_path/name).touch()
     for scans in ((), ["x.nii"], ["a_T1w.nii", "a_T2w.nii"]):
         with pytest.raises(UadError, match="--contrast: is needed"): scan.weights_for("ddpm", "", scans)
 

@@ -5,7 +5,7 @@ from training import SMALL, assert_same_end, metrics, weights, write_heads
 from uad_study.cohort import draw_slices, slice_index
 from uad_study.core import Stopped, UadError, derive_seed
 from uad_study.diffusion import q_sample
-from uad_study.models import MODELS, RestoreConfig, build_model, model_config, restore_config
+from uad_study.models import MODELS, RestoreConfig, build_model, model_config, placed, restore_config
 from uad_study.runs import read_study
 from uad_study.systems import ConditionedDDPM, MaskedPretext, patch_masks
 from uad_study.train import TrainConfig, generator_for, load_model, take_batch, train, train_config
@@ -347,7 +347,7 @@ def test_pretrained_weights_arrive_in_the_conditional_encoder(heads, tmp_path, s
     "A training of three steps is, bit for bit, the model with the pretext's best encoder (or without), three steps on by hand; the encoder goes on learning."
     config = dataclasses.replace(CONFIG, encoder_steps=steps)
     train(heads, "T1w", 0, config, TrainConfig(steps=3, batch_size=2, lr=1e-3, val_slices=2, seed=1), tmp_path)
-    model = build_model(config, derive_seed(1, "weights")).train()
+    model = placed(build_model(config, derive_seed(1, "weights")), "cpu").train()
     assert (tmp_path/"encoder").exists() == bool(steps)
     if steps:
         theirs, mine = weights(tmp_path/"encoder"/"best.pt"), {k: v.clone() for k, v in model.state_dict().items()}
@@ -356,7 +356,7 @@ def test_pretrained_weights_arrive_in_the_conditional_encoder(heads, tmp_path, s
         assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items() if k.startswith("encoder.") and ".fc." not in k) and {k for k in theirs if k.startswith("encoder.")} >= changed
         assert {k for k in changed if "conv" in k} == {k for k in mine if k.startswith("encoder.") and "conv" in k} and not [k for k in changed if "fc" in k]
     begun = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer, index = torch.optim.Adam(model.parameters(), lr=1e-3), slice_index(heads, heads.select("train", 0, contrast="T1w", pathology="healthy"))
+    optimizer, index = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True), slice_index(heads, heads.select("train", 0, contrast="T1w", pathology="healthy"))
     for k in range(3):
         optimizer.zero_grad(); model.loss(take_batch(heads, draw_slices(index, 2, 1, "batch", k)), generator_for("cpu", 1, "noise", k)).backward(); optimizer.step()
     last = weights(tmp_path/"last.pt")

@@ -403,7 +403,7 @@ def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str 
     label, mask = label_of(path, weights.contrast), mask_for(path, brain_mask) if brain_mask else None
     key = _key(path, mask, weights, dict(state=state, score=score, threshold=threshold))
     s = kept_summary(Path(out)/label, key)
-    how = "kept" if s else "scored"
+    how = "kept" if s else "replaced" if (Path(out)/label/"summary.json").is_file() else "scored"
     if not s:
         _not_ours(Path(out)/label, _sha(path))
         result = score_scan(path, weights, mask, state=state, score=score, threshold=threshold, device=device)

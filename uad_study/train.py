@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from .core import Stopped, UadError, atomic_file, choice, derive_seed, digest, from_dict, listening, log, os_error, plain_settings, read_json, write_json
 from .cohort import Cohort, augment_slices, draw_slices, slice_index, take_slices
-from .models import MODELS, ModelConfig, RestoreConfig, build_model, model_config, output, parameter_count
+from .models import MODELS, ModelConfig, RestoreConfig, build_model, model_config, output, parameter_count, placed
 
 # %% ../nbs/33_train.ipynb #fabdad31
 LR_SCHEDULES, PRECISIONS = ("constant", "cosine", "linear"), ("auto", "float32", "bf16")
@@ -238,7 +238,7 @@ def load_model(path, device="cpu", config: ModelConfig | None = None, restore: R
     c = read_checkpoint(path, device)
     found = model_config(c["model_config"], str(path))
     if config is not None and (d := difference(asdict(found), asdict(config), "model")): raise UadError(f"{path}: holds weights of another model: {d}: choose other weights, or train again")
-    model = build_model(found, restore=restore).to(device)
+    model = placed(build_model(found, restore=restore), device)
     try: model.load_state_dict(c.pop("model"))
     except (RuntimeError, KeyError): raise UadError(f"{path}: its weights do not fit its own settings (another version, or damaged): train again") from None
     return model.eval(), c
@@ -317,12 +317,12 @@ class _Training:
         self.index, self.validate, self.precision = slice_index(cohort, self.rows["train"]), FixedValidation(cohort, self.rows["val"], config), autocast(config, device)[1]
         self.settings = {"model": plain_settings(model_config), "train": asdict(config) | {"checkpoint_minutes": 0, "precision": self.precision}, "data": self.place | dict(sha256=cohort.info["sha256"])}
         last, text = newest_checkpoint(self.folder, self.settings)
-        self.model = build_model(model_config, derive_seed(config.seed, "weights"), kind=kind).to(device).train()
+        self.model = placed(build_model(model_config, derive_seed(config.seed, "weights"), kind=kind), device, self.precision).train()
         if begin and not last: begin(self.model)
         if team.size > 1: _with_team_norm(self.model)
         self.ema = averaged(self.model, config.ema) if config.ema else None
         self.judged = self.ema.module if self.ema else self.model
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=config.amsgrad, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=config.amsgrad, weight_decay=config.weight_decay, fused=True)
         self.step, self.best, self.seconds, self.records, self.running, self.due, self.pace, self.images = 0, (math.inf, 0), 0.0, [], [], False, Pace(), 0.0
         if last: self.resume(last)
         self.found = last and last["file"]

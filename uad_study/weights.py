@@ -15,7 +15,7 @@ from . import __version__
 from .core import UadError, atomic_dir, digest, file_sha256, from_dict, plain_settings, read_json, write_json
 from .cohort import Cohort
 from .judge import HealthyMaps, KeptMaps, ScoreConfig, _Judged, maps_of_reconstruction
-from .models import MODELS, RestoreConfig, model_config, model_label, parameter_count, restore_config
+from .models import MODELS, RestoreConfig, model_config, model_label, parameter_count, placed, restore_config
 from .postprocess import components, erode_mask, postprocess
 from .prepare import PrepareConfig
 from .reconstruct import further_draws, reconstruct_volume
@@ -305,7 +305,7 @@ def load_weights(name, contrast: str | None = None, device="cpu") -> Weights:
     file = folder/HealthyMaps.FILE
     if scores.over_healthy and (not file.is_file() or file_sha256(file) != card.get("healthy_maps_sha256")): raise UadError(f"{file}: is missing, or not what the card says: export the weights again")
     sums = HealthyMaps.read(folder) if scores.over_healthy else None
-    return Weights(name, found, read_model(place, card, restore).to(device), scores, prepare, thresholds, card, sums)
+    return Weights(name, found, placed(read_model(place, card, restore), device), scores, prepare, thresholds, card, sums)
 
 # %% ../nbs/53_weights.ipynb #a67bb674
 FEW = 8
