@@ -21,7 +21,7 @@ variants:
   - {restore: {t_test: 100}}
   - {label: small median, scores: {median: 3, masked: true}}
   - {of: "007", train: {ema: 0.9, augment: true, clip_norm: 1, lr_schedule: linear}}
-report: {steps_val: 1, steps_test: 1}
+report: {steps_val: 1, steps_test: 1, post_val: 1, post_test: 1, medians: [1], erosions: [3]}
 """
 LABELS = ["ddpm", "007", "ddpm, t_test 100", "ddpm, small median", "007, lr_schedule linear, clip_norm 1.0, ema 0.9, augment True"]
 

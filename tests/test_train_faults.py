@@ -146,6 +146,26 @@ def test_fault_signal_stops_and_the_training_resumes(attempts, cohort, whole, tm
     assert_same_end(folder, tmp_path)
 
 
+def as_elsewhere(file):
+    "The checkpoint as a GPU in float32 would have written it, or the version before the fused optimiser: tensors in torch's own order of memory. Returns how many lay otherwise."
+    content, moved = read_checkpoint(file), []
+    for values in (content["model"], content["ema"], *content["optimizer"]["state"].values()):
+        for k, v in values.items():
+            if not v.is_contiguous(): values[k] = v.contiguous(); moved.append(k)
+    for group in content["optimizer"]["param_groups"]: group["fused"] = None
+    torch.save(content, file)
+    return len(moved)
+
+
+def test_a_checkpoint_from_elsewhere_resumes_to_the_same_end(cohort, whole, tmp_path):
+    for name in NAMES:
+        shutil.copytree(whole[name][0], d := tmp_path/name)
+        os.replace(d/"previous.pt", d/"last.pt")                           # one step before the end
+        assert read_checkpoint(d/"last.pt")["step"] == 11 and as_elsewhere(d/"last.pt") > 5
+        go(Cohort(cohort), name, d, CONFIG)
+        assert_same_end(whole[name][0], d)
+
+
 def test_fault_damaged_checkpoints_at_twenty_places(cohort, whole, tmp_path, capsys):
     "A flipped byte anywhere in last.pt: noticed, or harmless; the end is the same."
     rng, told, folder = random.Random(7), 0, whole["ae"][0]

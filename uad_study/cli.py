@@ -433,7 +433,7 @@ class Scored:
     def __call__(self, row: dict):
         self.done += 1
         self.bar.update(self.task, advance=1, description=row["scan"])
-        if self.n > 1 and not self.console.is_terminal: self.console.print(f"  {row['how']:<7} {row['scan']} ({self.done} of {self.n})")
+        if self.n > 1 and not self.console.is_terminal: self.console.print(f"  {row['how']:<8} {row['scan']} ({self.done} of {self.n})")
 
     def table(self, rows, out):
         "A line a scan; of one scan also what the page says first."
@@ -443,7 +443,7 @@ class Scored:
         for h in ("scan", "mL", "components", "largest", "like the training?", "seconds", ""): t.add_column(h, justify="right" if h in ("mL", "components", "largest", "seconds") else "left", no_wrap=h != "scan" or not self.console.is_terminal, overflow="fold")
         for r in rows[rows.how != "failed"].itertuples():
             style = {"in": "green", "borderline": "yellow", "out": "red", "unknown": "dim"}[r.verdict]
-            t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", dict(kept="done already", replaced="in place of an earlier result").get(r.how, ""))
+            t.add_row(*map(Text, (r.scan, f"{r.volume_ml:.1f}", f"{r.components:.0f}", f"{r.largest_ml:.1f}")), Text(r.verdict, style=style), f"{r.seconds:.0f}", dict(kept="done already", replaced="replaced").get(r.how, ""))
         if t.row_count: self.console.print(t)
         good = rows[rows.how != "failed"]
         for note, g in good[good.note != ""].groupby("note", sort=False) if len(good) else (): print(f"note: {', '.join(g.scan[:3])}{f' and {len(g) - 3} more' * (len(g) > 3)}: {note}")

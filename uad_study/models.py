@@ -265,7 +265,7 @@ class RestoreConfig:
 class UpConv(nn.Module):
     """Twice the size by nearest neighbours, then the 3x3 convolution `conv`: (B, C, H, W) to (B, K, 2H, 2W), as one transposed convolution of 4x4 with a stride of 2.
 
-    The same sums in another order: pixels that were copied are multiplied once, by the sum of their weights, which is 16 multiplications where there were 36. The bias is added by itself: its gradient within a transposed convolution takes longer than the rest (torch 2.13, CPU)."""
+    The same sums in another order: pixels that were copied are multiplied once, by the sum of their weights, which is 16 multiplications where there were 36. The bias is added by itself: its gradient inside a transposed convolution is slow on a CPU."""
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
@@ -274,7 +274,8 @@ class UpConv(nn.Module):
         w = pad(self.conv.weight.flip(-1, -2), (1, 1, 1, 1))
         w = w[..., 1:, :] + w[..., :-1, :]
         w = w[..., 1:] + w[..., :-1]
-        return conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1) + self.conv.bias[:, None, None]
+        y = conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1)
+        return y + self.conv.bias.to(y.dtype)[:, None, None]
 
 def _with_up_convs(unet):
     "MONAI's `DiffusionModelUNet`, the same function with the same names of weights, whose blocks that double the size do so by `UpConv`."
@@ -378,8 +379,8 @@ def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | Non
     return model
 
 def placed(model: nn.Module, device, precision: str = "float32") -> nn.Module:
-    """`model` on `device`, its convolutions' weights in the order that is fastest there. On a CPU in float32 that is channels last (restoring takes .8 to .9 of the time, training up to .85); in bf16 a CPU's group norms take longer than that saves, and on a GPU
-    nothing was measured: there they lie as torch makes them. The values are the same."""
+    """`model` on `device`, its convolutions' weights in the order that is fastest there: channels last on a CPU in float32; as torch makes them on a CPU in bf16, where group norms would take longer than convolutions save (both measured: benchmarks/bench.md),
+    and on a GPU, where nothing was measured. The values are the same."""
     last = torch.device(device).type == "cpu" and precision == "float32"
     return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
 

@@ -398,7 +398,7 @@ def kept_summary(folder, key: str) -> dict | None:
     except (OSError, KeyError): return None
 
 def score_file(path, weights: Weights, out, brain_mask: str = "", *, state: str = "auto", score: str = "", threshold: float | None = None, device: str = "cpu") -> dict:
-    "Score one file and write `out`/<label>, unless that is there: the row of `scores.csv`. Raises only `UadError`."
+    "Score one file and write `out`/<label>, unless that is there: the row of `scores.csv`. Its `how`: scored, kept (nothing was done), or replaced (an earlier result, of other settings or damaged, gave way). Raises only `UadError`."
     clock, path, score = time.perf_counter(), Path(path), score or weights.score
     label, mask = label_of(path, weights.contrast), mask_for(path, brain_mask) if brain_mask else None
     key = _key(path, mask, weights, dict(state=state, score=score, threshold=threshold))
