@@ -379,7 +379,7 @@ def build_model(config: ModelConfig, seed: int = 0, restore: RestoreConfig | Non
     return model
 
 def placed(model: nn.Module, device, precision: str = "float32") -> nn.Module:
-    """`model` on `device`, its convolutions' weights in the order that is fastest there: channels last on a CPU in float32; as torch makes them on a CPU in bf16, where group norms would take longer than convolutions save (both measured: benchmarks/bench.md),
+    """`model` on `device`, its convolutions' weights in the order that is fastest there: channels last on a CPU in float32; as torch makes them on a CPU in bf16, where that order is slower (both measured: benchmarks/bench.md),
     and on a GPU, where nothing was measured. The values are the same."""
     last = torch.device(device).type == "cpu" and precision == "float32"
     return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)

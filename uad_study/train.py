@@ -336,8 +336,9 @@ class _Training:
         self.board = _board(self.folder, self.step) if tensorboard and team.rank == 0 else None
 
     def resume(self, last: dict):
-        for group in last["optimizer"]["param_groups"]: group["fused"] = True                  # a checkpoint from before it was
-        try: self.model.load_state_dict(last["model"]); self.optimizer.load_state_dict(last["optimizer"])
+        try:
+            for group in last["optimizer"]["param_groups"]: group["fused"] = True              # a checkpoint from before it was
+            self.model.load_state_dict(last["model"]); self.optimizer.load_state_dict(last["optimizer"])
         except (RuntimeError, KeyError, ValueError): raise UadError(f"{self.folder/last['file']}: its weights do not fit its own settings (another version): delete it, or choose another folder") from None
         for p, state in self.optimizer.state.items():                                          # in the weights' order of memory, which another device may have written otherwise: a fused optimiser does not look
             state |= {k: torch.empty_like(p).copy_(v) for k, v in state.items() if v.shape == p.shape}
