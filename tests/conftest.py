@@ -24,6 +24,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    "One thread for each test and its fixtures, whatever a test before it did: what sums round to depends on it, and Numba's first parallel loop (in opensimplex) sets PyTorch's number."
+    if torch := sys.modules.get("torch"): torch.set_num_threads(1)
+
+
 def command(*args): return [sys.executable, "-c", "from uad_study.cli import main; main()", *map(str, args)]
 
 
@@ -38,15 +44,6 @@ def one_line(result, *words):
     lines = [l for l in result.stderr.splitlines() if l.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for w in words: assert w in lines[0], (w, lines[0])
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

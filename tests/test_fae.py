@@ -21,7 +21,6 @@ g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 96, 96, generator=g(s))
 LABEL = "fae (self-supervised encoder)"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(seed=1, **more):

@@ -89,7 +89,7 @@ def ours(monkeypatch):
     return ours
 
 
-def test_the_benchmark_restores_as_a_study_does(ours, tmp_path, one_thread):
+def test_the_benchmark_restores_as_a_study_does(ours, tmp_path):
     import pandas as pd
     from uad_study.models import RestoreConfig
     from uad_study.phantom import diseased

@@ -63,7 +63,7 @@ def test_the_unit_of_a_map_does_not_matter(c):
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory, one_thread):
+def judged(tmp_path_factory):
     "A model that learnt nothing on five virtual volumes, judged over three healthy validation scans."
     d = tmp_path_factory.mktemp("over")
     subjects = [*(("val", "healthy", phantom.healthy(k, ("T2w",))) for k in (1, 7, 8)), ("val", "tumour", phantom.diseased(2, "tumour")), ("test", "tumour", phantom.diseased(3, "tumour"))]

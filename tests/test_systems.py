@@ -16,7 +16,6 @@ g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(name, seed=1, restore=None, **more):

@@ -169,7 +169,6 @@ def test_a_checkpoint_from_elsewhere_resumes_to_the_same_end(cohort, whole, tmp_
 def test_fault_damaged_checkpoints_at_twenty_places(cohort, whole, tmp_path, capsys):
     "A flipped byte anywhere in last.pt: noticed, or harmless; the end is the same."
     rng, told, folder = random.Random(7), 0, whole["ae"][0]
-    torch.set_num_threads(1)
     for i in range(20):
         shutil.copytree(folder, d := tmp_path/str(i))
         file = d/"last.pt"
@@ -183,7 +182,6 @@ def test_fault_damaged_checkpoints_at_twenty_places(cohort, whole, tmp_path, cap
 
 
 def test_fault_truncated_and_missing_checkpoints(cohort, whole, tmp_path, capsys):
-    torch.set_num_threads(1)
     def spoil(*names):
         for n in names: (tmp_path/n).write_bytes((tmp_path/n).read_bytes()[:1000])
     shutil.copytree(whole["ae"][0], tmp_path, dirs_exist_ok=True)
@@ -217,7 +215,6 @@ def small_disk(tmp_path):
 
 def test_fault_full_disk_while_a_checkpoint_is_written(cohort, whole, small_disk):
     "One clear line, nothing half-written, the earlier checkpoint whole; with space again the training resumes to the same end."
-    torch.set_num_threads(1)
     run, ballast = small_disk/"run", small_disk/"ballast"
     def fill(step, *a, **facts):
         if step == 5:
@@ -238,7 +235,6 @@ class suppress_full:
 
 def test_resumed_tensorboard_shows_each_step_once(cohort, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    torch.set_num_threads(1)
     class Broken(Exception): pass
     def breaking(step, *a, **facts):
         if step == 7: raise Broken

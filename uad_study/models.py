@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SAMPLERS', 'ModelConfig', 'of_batch', 'AEConfig', 'VAEConfig', 'AE', 'VAE', 'DAEConfig', 'DAE',
-           'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'UpConv', 'Denoiser', 'GaussianDDPM', 'DDPM',
-           'model_config', 'restore_config', 'build_model', 'placed', 'output', 'model_label', 'parameter_count']
+           'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'UpConv', 'NormSiLU', 'Denoiser', 'GaussianDDPM',
+           'DDPM', 'model_config', 'restore_config', 'build_model', 'placed', 'output', 'model_label',
+           'parameter_count']
 
 # %% ../nbs/32_models.ipynb #21f35d1c
 import torch
 from dataclasses import dataclass, replace
+from functools import cache
 from pkgutil import resolve_name
 from torch import nn
-from torch.nn.functional import conv_transpose2d, pad, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import conv_transpose2d, pad, pixel_shuffle, pixel_unshuffle, silu
 from .core import UadError, choice, from_dict
 from .diffusion import SCHEDULES, q_sample, restore_ancestral, restore_ddim, restore_one_step
 from .noise import check_octaves, coarse_noise, gaussian_noise, simplex_noise, simplex_std
@@ -277,10 +279,33 @@ class UpConv(nn.Module):
         y = conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1)
         return y + self.conv.bias.to(y.dtype)[:, None, None]
 
-def _with_up_convs(unet):
-    "MONAI's `DiffusionModelUNet`, the same function with the same names of weights, whose blocks that double the size do so by `UpConv`."
+@cache
+def _kernel():
+    "`kernels.norm_silu`, or None where Numba is missing (it is an extra) or was told not to compile."
+    try: from numba import config
+    except ImportError: return None
+    if config.DISABLE_JIT: return None
+    from uad_study.kernels import norm_silu
+    return norm_silu
+
+class NormSiLU(nn.GroupNorm):
+    "Group norm, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
+    def forward(self, x):
+        at_home = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
+        if at_home and (norm_silu := _kernel()): return norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+        return silu(super().forward(x))
+
+class _AfterNorm(nn.SiLU):
+    "SiLU of what is no map, such as a block's embedding of time: a block's maps come from `NormSiLU`."
+    def forward(self, x): return x if x.ndim == 4 else super().forward(x)
+
+def _faster(unet):
+    "MONAI's `DiffusionModelUNet`, the same function with the same names of weights: its blocks that double the size do so by `UpConv`, and each group norm takes the SiLU after it along."
+    def along(norm): norm.__class__ = NormSiLU
     for block in unet.modules():
         if getattr(block, "up", False): block.upsample, block.conv1, block.skip_connection = None, UpConv(block.conv1.conv), nn.Upsample(scale_factor=2, mode="nearest")
+        if hasattr(block, "time_emb_proj"): along(block.norm1); along(block.norm2); block.nonlinearity = _AfterNorm()
+    along(unet.out[0]); unet.out[1] = nn.Identity()
     return unet
 
 class Denoiser(nn.Module):
@@ -290,7 +315,7 @@ class Denoiser(nn.Module):
         from monai.networks.nets import DiffusionModelUNet
         c, n = config, len(config.channels)
         self.config, planes = c, c.patch**2
-        self.unet = _with_up_convs(DiffusionModelUNet(
+        self.unet = _faster(DiffusionModelUNet(
             spatial_dims=2, in_channels=planes, out_channels=planes, channels=c.channels, num_res_blocks=c.num_res_blocks, attention_levels=(False,) * n,
             num_head_channels=c.num_head_channels, norm_num_groups=c.norm_num_groups, resblock_updown=True))
 

@@ -444,7 +444,7 @@ def injected_parameters(notebook) -> dict:
 def provenance(device: str = "cpu") -> dict:
     "Versions, git commit of the code and whether its tree was clean, device, threads, cores, and the time (UTC)."
     packages = {}
-    for p in ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "papermill"):
+    for p in ("torch", "monai", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "papermill", "numba"):
         try: packages[p] = importlib.metadata.version(p)
         except importlib.metadata.PackageNotFoundError: pass
     return dict(uad_study=__version__, python=platform.python_version(), packages=packages, **_git(), device=device_name(device), threads=int(os.environ.get("UAD_THREADS") or cores()), cores=cores(),
