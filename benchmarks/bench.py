@@ -254,7 +254,7 @@ def tried(batch=16) -> str:
     one, fused = optimizer(None), optimizer(True)
     def both(ours, than): return f"{faster(ours, than)} and {faster(ours | dict(restore=True), than | dict(restore=True))} times"
     plain = dict(kernel=False)
-    text = (f"Ours is faster by weights that lie channels last (a step and restoring {both(plain, plain | dict(last=False))} as fast as without), by group norm and SiLU in one pass ({both({}, plain)}), "
+    text = (f"Ours is faster by weights that lie channels last (a step and restoring {both(plain, plain | dict(last=False))} as fast as without), by group norm and SiLU in one operation ({both({}, plain)}), "
             f"by upsampling and the convolution after it as one transposed convolution ({both(plain, dict(monai=True))}) and by a fused optimiser ({(one - fused) * 1000:.0f} ms of a step). Tried and left: in bf16, channels last ({faster(dict(bf16=True), dict(bf16=True, last=False))} times as fast)")
     try: return text + f"; compiled (`torch.compile`, {faster(dict(compiled=True), {})} times as fast)."
     except Exception as e: return text + f"; compiled it does not run here ({type(e).__name__})."

@@ -11,8 +11,6 @@ EARLY, LOSS, VAL, WEIGHTS = 1e-5, 1e-4, 3e-4, 1e-3
 CONFIG = TrainConfig(steps=20, batch_size=4, lr=1e-4, val_every=5, val_slices=26, snapshots=(10,), ema=.9, clip_norm=1., augment=True, checkpoint_minutes=60)
 
 
-
-
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory): return write_heads(tmp_path_factory.mktemp("heads")/"cohort")
 

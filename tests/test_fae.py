@@ -22,7 +22,6 @@ slices = lambda n=3, s=0: torch.rand(n, 1, 96, 96, generator=g(s))
 LABEL = "fae (self-supervised encoder)"
 
 
-
 def tiny(seed=1, **more):
     "A small model whose norms know the scale of what they meet."
     model = build_model(model_config(TINY | more), seed)

@@ -16,8 +16,6 @@ g = lambda s=0: torch.Generator().manual_seed(s)
 slices = lambda n=3, s=0: torch.rand(n, 1, 32, 32, generator=g(s))
 
 
-
-
 def tiny(name, seed=1, restore=None, **more):
     "A small model of that name whose zero-initialised layers are not zero, and whose batch norms know the scale of what they meet."
     model = build_model(model_config(TINY[name] | more | dict(name=name)), seed, restore)

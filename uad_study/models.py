@@ -15,7 +15,7 @@ from functools import cache
 from pkgutil import resolve_name
 from torch import nn
 from torch.nn.functional import conv_transpose2d, pad, pixel_shuffle, pixel_unshuffle, silu
-from .core import UadError, choice, from_dict
+from .core import UadError, choice, from_dict, log
 from .diffusion import SCHEDULES, q_sample, restore_ancestral, restore_ddim, restore_one_step
 from .noise import check_octaves, coarse_noise, gaussian_noise, simplex_noise, simplex_std
 from .volume import GRID_SHAPE
@@ -282,14 +282,16 @@ class UpConv(nn.Module):
 @cache
 def _kernel():
     "`kernels.norm_silu`, or None where Numba is missing (it is an extra) or was told not to compile."
-    try: from numba import config
+    try:
+        from numba import config
+        if config.DISABLE_JIT: return None
+        from uad_study.kernels import norm_silu
+        return norm_silu
     except ImportError: return None
-    if config.DISABLE_JIT: return None
-    from uad_study.kernels import norm_silu
-    return norm_silu
+    except Exception as e: return log.warning("Numba is installed, but does not work (%s): models train without it, an eighth slower", e)
 
 class NormSiLU(nn.GroupNorm):
-    "Group norm, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
+    "Group norm with weights, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
     def forward(self, x):
         at_home = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
         if at_home and (norm_silu := _kernel()): return norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -300,7 +302,7 @@ class _AfterNorm(nn.SiLU):
     def forward(self, x): return x if x.ndim == 4 else super().forward(x)
 
 def _faster(unet):
-    "MONAI's `DiffusionModelUNet`, the same function with the same names of weights: its blocks that double the size do so by `UpConv`, and each group norm takes the SiLU after it along."
+    "MONAI's `DiffusionModelUNet`, the same function with the same names of weights: its blocks that double the size do so by `UpConv`, and a group norm takes the SiLU that follows along."
     def along(norm): norm.__class__ = NormSiLU
     for block in unet.modules():
         if getattr(block, "up", False): block.upsample, block.conv1, block.skip_connection = None, UpConv(block.conv1.conv), nn.Upsample(scale_factor=2, mode="nearest")

@@ -507,7 +507,7 @@ def _watch(parent: int, then):
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/41_runs.ipynb #5400ac8b
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 "The environment variables that say how many threads a process uses, read when its libraries are loaded."
 
 def _worker(parent: int):
