@@ -76,6 +76,7 @@ def _forward(x, weight, bias, eps, z, mean, scale):
             y = x[p, c] * s[c] + q[c]
             z[p, c] = y * _sigmoid(y)
 
+# %% ../nbs/29_kernels.ipynb #3013eb11
 @_compiled
 def _backward(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
     "One slice: from the gradient of its z writes those of its x, (P, C), and of weight and bias, (C,) in float64."
@@ -121,6 +122,7 @@ def _backward_alone(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
 def _backward_shared(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
     for i in numba.prange(len(x)): _backward(dz[i], x[i], weight, bias, mean[i], scale[i], dx[i], dweight[i], dbias[i])
 
+# %% ../nbs/29_kernels.ipynb #39e527a6
 _ONE_AT_A_TIME, _forked = Lock(), []
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: _forked.append(True))       # there, Numba would end a process that shares work among threads
 
@@ -144,6 +146,7 @@ def _maps(rows, like) -> torch.Tensor:
     (n, c, h, w), x = like.shape, rows.new_empty(0)
     return x.set_(rows.untyped_storage(), 0, (n, c, h, w), (h * w * c, 1, w * c, c))
 
+# %% ../nbs/29_kernels.ipynb #4d733b8c
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
