@@ -8,6 +8,7 @@ __all__ = ['norm_silu']
 # %% ../nbs/29_kernels.ipynb #1eb82997
 import os, numba, numpy as np, torch
 from contextlib import suppress
+from math import gcd
 from threading import Lock
 
 # %% ../nbs/29_kernels.ipynb #9e544afe
@@ -48,62 +49,64 @@ def _sigmoid(y):
 # %% ../nbs/29_kernels.ipynb #84ec6cfb
 @_compiled
 def _forward(x, weight, bias, eps, z, mean, scale):
-    "One slice, (P, C) pixels by channels, float32: writes z, and the groups' means and reciprocal standard deviations, (G,)."
-    (pixels, channels), groups = x.shape, len(mean)
-    d = channels // groups
-    s, q = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    "One slice, (rows, lanes) float32, each row some pixels' channels one after the other: writes z, and the groups' means and reciprocal standard deviations, (G,)."
+    (rows, lanes), channels, groups = x.shape, len(weight), len(mean)
+    d, pixels = channels // groups, rows * lanes // channels
+    s, q = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
     means, squares = np.zeros(channels), np.zeros(channels)
-    for start in range(0, pixels, 32):                                    # sums of few in float32, of all in float64
+    for start in range(0, rows, 16):                                      # sums of few in float32, of all in float64
         s[:] = 0
-        for p in range(start, min(start + 32, pixels)):
-            for c in range(channels): s[c] += x[p, c]
-        for c in range(channels): means[c] += s[c]
-    for c in range(channels): means[c] /= pixels; q[c] = means[c]
-    for start in range(0, pixels, 32):
+        for p in range(start, min(start + 16, rows)):
+            for c in range(lanes): s[c] += x[p, c]
+        for i in range(0, lanes, channels):
+            for c in range(channels): means[c] += s[i + c]
+    for c in range(channels): means[c] /= pixels; q[c::channels] = means[c]
+    for start in range(0, rows, 16):
         s[:] = 0
-        for p in range(start, min(start + 32, pixels)):
-            for c in range(channels): s[c] += (x[p, c] - q[c]) * (x[p, c] - q[c])
-        for c in range(channels): squares[c] += s[c]
+        for p in range(start, min(start + 16, rows)):
+            for c in range(lanes): s[c] += (x[p, c] - q[c]) * (x[p, c] - q[c])
+        for i in range(0, lanes, channels):
+            for c in range(channels): squares[c] += s[i + c]
     for g in range(groups):
         m = v = 0.
         for c in range(g * d, g * d + d): m += means[c] / d
         for c in range(g * d, g * d + d): v += (squares[c] / pixels + (means[c] - m)**2) / d
         r = 1 / np.sqrt(v + eps) if v < np.inf else np.nan                # too large for float32 is told, as by PyTorch
         mean[g] = m; scale[g] = r
-        for c in range(g * d, g * d + d): s[c] = weight[c] * r; q[c] = bias[c] - m * r * weight[c]
-    for p in range(pixels):
-        for c in range(channels):
+        for c in range(g * d, g * d + d): s[c::channels] = weight[c] * r; q[c::channels] = bias[c] - m * r * weight[c]
+    for p in range(rows):
+        for c in range(lanes):
             y = x[p, c] * s[c] + q[c]
             z[p, c] = y * _sigmoid(y)
 
 # %% ../nbs/29_kernels.ipynb #3013eb11
 @_compiled
 def _backward(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
-    "One slice: from the gradient of its z writes those of its x, (P, C), and of weight and bias, (C,) in float64."
-    (pixels, channels), groups = x.shape, len(mean)
-    d = channels // groups
-    s, q, a, b, m = np.empty((5, channels), np.float32)
-    for c in range(channels):
-        m[c] = mean[c // d]; a[c] = weight[c] * scale[c // d]; b[c] = bias[c] - m[c] * a[c]
+    "One slice, all (rows, lanes): from the gradient of its z writes those of its x, and of weight and bias, (C,) in float64."
+    (rows, lanes), channels, groups = x.shape, len(weight), len(mean)
+    d, pixels = channels // groups, rows * lanes // channels
+    s, q, a, b, m = np.empty((5, lanes), np.float32)
+    for c in range(channels): m[c::channels] = mean[c // d]; a[c::channels] = weight[c] * scale[c // d]; b[c::channels] = bias[c] - m[c] * a[c]
     dweight[:] = 0; dbias[:] = 0
-    for start in range(0, pixels, 32):
+    for start in range(0, rows, 16):
         s[:] = 0; q[:] = 0
-        for p in range(start, min(start + 32, pixels)):
-            for c in range(channels):
+        for p in range(start, min(start + 16, rows)):
+            for c in range(lanes):
                 y = x[p, c] * a[c] + b[c]
                 t = _sigmoid(y)
                 dy = dz[p, c] * t * (_f(1) + y * (_f(1) - t))
                 dx[p, c] = dy                                             # not yet: what follows goes over it once more
                 s[c] += dy; q[c] += dy * (x[p, c] - m[c])
-        for c in range(channels): dbias[c] += s[c]; dweight[c] += q[c]
+        for i in range(0, lanes, channels):
+            for c in range(channels): dbias[c] += s[i + c]; dweight[c] += q[i + c]
     for g in range(groups):
         r, u, v = np.float64(scale[g]), 0., 0.
         for c in range(g * d, g * d + d):
             u += dbias[c] * weight[c]; v += dweight[c] * weight[c]; dweight[c] *= r
         u *= r / (d * pixels); v *= r**3 / (d * pixels)
-        for c in range(g * d, g * d + d): s[c] = -v; q[c] = v * mean[g] - u
-    for p in range(pixels):
-        for c in range(channels): dx[p, c] = dx[p, c] * a[c] + x[p, c] * s[c] + q[c]
+        for c in range(g * d, g * d + d): s[c::channels] = -v; q[c::channels] = v * mean[g] - u
+    for p in range(rows):
+        for c in range(lanes): dx[p, c] = dx[p, c] * a[c] + x[p, c] * s[c] + q[c]
 
 # %% ../nbs/29_kernels.ipynb #55fcefb3
 @_compiled
@@ -139,7 +142,11 @@ def _run(alone, shared, *arrays):
             numba.set_num_threads(before)
             if torch.get_num_threads() != threads: torch.set_num_threads(threads)     # Numba's first start of its threads sets PyTorch's number, too
 
-def _rows(x) -> torch.Tensor: return x.detach().permute(0, 2, 3, 1).contiguous().flatten(1, 2)     # (B, P, C), without a copy where channels lie last
+def _rows(x) -> torch.Tensor:
+    "(B, rows, lanes) without a copy where channels lie last: as many pixels a row as make long loops."
+    n, c, h, w = x.shape
+    together = gcd(h * w, max(1, 256 // c))
+    return x.detach().permute(0, 2, 3, 1).contiguous().view(n, h * w // together, together * c)
 
 def _maps(rows, like) -> torch.Tensor:
     "`_rows` undone: (B, C, H, W) with channels last, no view of anything to autograd."

@@ -288,7 +288,7 @@ def _kernel():
         from uad_study.kernels import norm_silu
         return norm_silu
     except ImportError: return None
-    except Exception as e: return log.warning("Numba is installed, but does not work (%s): models train without it, an eighth slower", e)
+    except Exception as e: return log.warning("Numba is installed, but does not work (%s): diffusion models train without it, a tenth slower", e)
 
 class NormSiLU(nn.GroupNorm):
     "Group norm with weights, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
