@@ -8,26 +8,31 @@ from uad_study import kernels, models
 from uad_study.kernels import norm_silu
 
 
-def result(f, shape, groups, seed=0, dtype=torch.float32, scale=1., shift=0., first=0.):
+def result(f, shape, groups, seed=0, dtype=torch.float32, scale=1., shift=0., first=0., unused=False):
     g = torch.Generator().manual_seed(seed)
     x, w, b, dz = (torch.randn(s, generator=g) for s in (shape, shape[1], shape[1], shape))
     x[..., 0, 0] += first
     inputs = [v.to(dtype).requires_grad_() for v in ((x * scale + shift).to(memory_format=torch.channels_last), w, b)]
     z = f(inputs[0], groups, *inputs[1:], 1e-6)
-    return [z.detach(), *torch.autograd.grad(z, inputs, dz.to(dtype))]
+    return [z.detach(), *torch.autograd.grad(z, inputs, dz.to(dtype), allow_unused=unused)]
 
 
 def torchs(x, groups, *rest): return silu(group_norm(x, groups, *rest))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.integers(1, 5), st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 3, 16]), st.integers(1, 40), st.integers(1, 13), st.integers(0, 99), st.sampled_from([1., 1e-3, 30.]), st.sampled_from([0., 5.]), st.sampled_from([0., 100.]), st.sampled_from([1, 2]))
 def test_as_near_to_float64_as_pytorch(n, groups, each, h, w, seed, scale, shift, first, threads):
     if each * h * w == 1: h = 2
     torch.set_num_threads(threads)
     case = dict(shape=(n, groups * each, h, w), groups=groups, seed=seed, scale=scale, shift=shift, first=first)
     exact, ours, theirs = result(torchs, dtype=torch.float64, **case), result(norm_silu, **case), result(torchs, **case)
-    for a, b, e in zip(ours, theirs, exact): assert (a - e).abs().max() <= 3 * (b - e).abs().max() + 2e-6 * e.abs().max()
+    x = result(lambda x, *_: x * 1, dtype=torch.float64, unused=True, **case)[0].reshape(n, groups, -1)
+    deviation = (x.var(-1, correction=0) + 1e-6).sqrt()
+    normed = ((x - x.mean(-1, keepdim=True)) / deviation[..., None]).abs().max()
+    rounded = 1 + x.abs().max() / deviation.min()                           # how much larger what is rounded is than what is left of it
+    summands = 3 * rounded, 10 * rounded / deviation.min(), 5 * rounded * normed, 5 * rounded        # the size of what is added up, and may cancel
+    for a, b, e, size in zip(ours, theirs, exact, summands): assert (a - e).abs().max() <= 3 * (b - e).abs().max() + 2e-6 * max(e.abs().max(), size)
 
 
 def test_the_same_bits_with_any_number_of_threads_and_from_several_callers_at_once():

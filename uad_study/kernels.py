@@ -8,6 +8,7 @@ __all__ = ['norm_silu']
 # %% ../nbs/29_kernels.ipynb #1eb82997
 import os, numba, numpy as np, torch
 from contextlib import suppress
+from filelock import FileLock
 from math import gcd
 from threading import Lock
 
@@ -26,7 +27,6 @@ def _tolerant(f):
         with suppress(Exception): return load(*a)
     def write(*a, save=f._cache.save_overload):
         with suppress(Exception):
-            from filelock import FileLock
             with FileLock(f"{f._cache.cache_path}/uad_study-kernels.lock", timeout=10): save(*a)
     f._cache.load_overload, f._cache.save_overload = read, write
     return f

@@ -279,6 +279,7 @@ class UpConv(nn.Module):
         y = conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1)
         return y + self.conv.bias.to(y.dtype)[:, None, None]
 
+# %% ../nbs/32_models.ipynb #1e406f12
 @cache
 def _kernel():
     "`kernels.norm_silu`, or None where Numba is missing (it is an extra) or was told not to compile."
@@ -288,7 +289,7 @@ def _kernel():
         from uad_study.kernels import norm_silu
         return norm_silu
     except ImportError: return None
-    except Exception as e: return log.warning("Numba is installed, but does not work (%s): diffusion models train without it, a tenth slower", e)
+    except Exception as e: return log.warning("Numba is installed, but does not work (%s): diffusion models do without it, more slowly", e)
 
 class NormSiLU(nn.GroupNorm):
     "Group norm with weights, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
@@ -301,6 +302,7 @@ class _AfterNorm(nn.SiLU):
     "SiLU of what is no map, such as a block's embedding of time: a block's maps come from `NormSiLU`."
     def forward(self, x): return x if x.ndim == 4 else super().forward(x)
 
+# %% ../nbs/32_models.ipynb #51d00937
 def _faster(unet):
     "MONAI's `DiffusionModelUNet`, the same function with the same names of weights: its blocks that double the size do so by `UpConv`, and a group norm takes the SiLU that follows along."
     def along(norm): norm.__class__ = NormSiLU
