@@ -1,6 +1,6 @@
-"""The parts of the study against what anyone can install: `make bench`, or python benchmarks/bench.py [--rows NAME ...] [--threads N] [--rounds N]. All rows together are written to benchmarks/bench.md.
+"""The parts of the study against what anyone can install: `make bench`, or python benchmarks/bench.py [--rows NAME ...] [--threads N] [--rounds N] [--least SECONDS]. All rows together are written to benchmarks/bench.md.
 
-Each row: the same inputs for ours and the peer, results compared first, then both timed in turn, and the best of all rounds."""
+Each row: the same inputs for ours and the peer, results compared first, then both timed in turn, round by round. A busy minute of the machine slows both of a round: the ratio is the median of the rounds'."""
 import argparse, gc, itertools, math, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -37,15 +37,17 @@ class Row:
 class Measured:
     what: str
     peer: str
-    ours: float
-    theirs: float
+    ours: np.ndarray                     # seconds, round by round
+    theirs: np.ndarray
     same: str
     bar: float | None
 
     def line(self) -> str:
-        r, number = self.theirs / self.ours, lambda s: f"{s:.3f}" if s < 10 else f"{s:.1f}"
+        low, r, high = np.quantile(self.theirs / self.ours, (.25, .5, .75))
+        digits = 2 if r < 4 else 1
         met = "" if self.bar is None else "yes" if r >= self.bar else "**no**"
-        return f"| {self.what} | {self.peer} | {number(self.ours)} | {number(self.theirs)} | {r:.1f} | {self.bar or ''} | {met} | {self.same} |"
+        return (f"| {self.what} | {self.peer} | {np.median(self.ours):.3f} | {np.median(self.theirs):.3f} | {r:.{digits}f} | {low:.{digits}f} to {high:.{digits}f} of {len(self.ours)} | "
+                f"{self.bar or ''} | {met} | {self.same} |")
 
 
 def seconds(f, least=.2) -> float:
@@ -55,10 +57,16 @@ def seconds(f, least=.2) -> float:
     return min(times)
 
 
-def race(row: Row, rounds: int) -> Measured:
+def in_turn(ours, theirs, rounds: int, least: float) -> np.ndarray:
+    "Seconds of both, (2, rounds or more): they take turns until `least` seconds are over, too."
+    times, began = [], time.perf_counter()
+    while len(times) < rounds or time.perf_counter() - began < least: times.append((seconds(ours), seconds(theirs)))
+    return np.transpose(times)
+
+
+def race(row: Row, rounds: int, least: float = 0) -> Measured:
     same = row.same(row.ours(), row.theirs())
-    times = [(seconds(row.ours), seconds(row.theirs)) for _ in range(rounds)]
-    return Measured(row.what, row.peer, *map(min, zip(*times)), same, row.bar)
+    return Measured(row.what, row.peer, *in_turn(row.ours, row.theirs, rounds, least), same, row.bar)
 
 
 def ssim():
@@ -119,12 +127,11 @@ def threshold(n=20):
         assert np.array_equal(s > mine[0], s >= theirs[0]) and abs(mine[1] - theirs[1]) < 1e-12
         return "the same voxels predicted, Dice to 1e-12"
     yield Row(f"exact best threshold over {n} volumes", "scikit-learn: precision_recall_curve", lambda: best_threshold(s, l), plain, same, 5)
-    few, many = (streaming.run("pooled", k) for k in (n, 5 * n))
-    at, dice = best_threshold(s, l)
-    assert few["best"]["out"] == [at, dice]
-    took, memory = few["counted"]["seconds"] + few["best"]["seconds"], [m["best"]["memory"] for m in (few, many)]
+    rounds, many = [(streaming.run("pooled", n), seconds(lambda: best_threshold(s, l))) for _ in range(5)], streaming.run("pooled", 5 * n)
+    assert all(few["best"]["out"] == list(best_threshold(s, l)) for few, _ in rounds)
+    took, memory = [few["counted"]["seconds"] + few["best"]["seconds"] for few, _ in rounds], [m["best"]["memory"] for m in (rounds[0][0], many)]
     assert memory[1] < .15 * 5 * n * (s[0].nbytes + l[0].nbytes) / 2**20, memory
-    yield Measured(f"the same, streamed; memory {memory[0]:.0f} MB, of {5 * n} volumes {memory[1]:.0f} MB", "our best_threshold on one array", took, seconds(lambda: best_threshold(s, l)), "equal", .5)
+    yield Measured(f"the same, streamed; memory {memory[0]:.0f} MB, of {5 * n} volumes {memory[1]:.0f} MB", "our best_threshold on one array", np.array(took), np.array([t for _, t in rounds]), "equal", .5)
 
 
 def whole():
@@ -245,8 +252,8 @@ def tried(batch=16) -> str:
         return f
     def faster(ours: dict, than: dict) -> str:
         a, b = work(**ours), work(**than)
-        a, b = map(min, zip(*[(seconds(a, 1), seconds(b, 1)) for _ in range(6)]))
-        return f"{b / a:.2f}"
+        a, b = in_turn(a, b, 7, 12)
+        return f"{np.median(b / a):.2f}"
     def optimizer(fused):
         model = build_model(model_config(read_study("demo").entries[0].model))
         for p in model.parameters(): p.grad = torch.zeros_like(p)
@@ -273,26 +280,27 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="only these, not written to bench.md")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=7, help="at least so many a row, and for `--least` seconds")
+    p.add_argument("--least", type=float, default=20)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if "simplex" in a.rows or "training" in a.rows:
         peers.opensimplex_tables(1)
         import numba; numba.set_num_threads(min(a.threads, numba.config.NUMBA_NUM_THREADS))
-    head = ["| what | peer | ours, s | peer, s | ratio | bar | met | same result |", "|---|---|---|---|---|---|---|---|"]
+    head = ["| what | peer | ours, s | peer, s | ratio | quartiles of the rounds | bar | met | same result |", "|---|---|---|---|---|---|---|---|---|"]
     print(*head, sep="\n")
     lines, found = [], []
     for name in a.rows:
         for i, row in enumerate(ROWS[name]()):
             gc.collect()
             if name in PROFILED and i == 0: found.append(f"- {row.what}: {profile(row)}. Before: {BEFORE[name]}.")
-            lines.append((row if isinstance(row, Measured) else race(row, a.rounds)).line())
+            lines.append((row if isinstance(row, Measured) else race(row, a.rounds, a.least)).line())
             print(lines[-1], flush=True)
     if set(a.rows) != set(ROWS): return
     v = provenance()
     packages = ", ".join(f"{k} {version(k)}" for k in ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "torchmetrics", "monai", "opensimplex", "numba"))
     text = ["# Speed on a CPU", f"Measured by `make bench`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {a.threads} {'thread' if a.threads == 1 else 'threads'} for ours and the peer, of {v['cores']} cores ({v['machine']}); "
-            f"Python {v['python']}, {packages}. float32. Ours and the peer in turn, best of {a.rounds} rounds; seconds are of this machine, the ratio is what counts.", "\n".join(head + lines), "Where the time of ours goes (torch's profiler, or Python's):\n\n" + "\n".join(found), floor() + " " + tried(), *start_up()]
+            f"Python {v['python']}, {packages}. float32. Ours and the peer in turn, {a.rounds} rounds or more of each row; seconds are the rounds' medians on this machine, the ratio is the median of the rounds' ratios.", "\n".join(head + lines), "Where the time of ours goes (torch's profiler, or Python's):\n\n" + "\n".join(found), floor() + " " + tried(), *start_up()]
     (Path(__file__).parent/"bench.md").write_text("\n\n".join(text) + "\n")
     print("", text[-1], sep="\n")
 

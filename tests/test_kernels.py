@@ -8,30 +8,32 @@ from uad_study import kernels, models
 from uad_study.kernels import norm_silu
 
 
-def result(f, shape, groups, seed=0, dtype=torch.float32, scale=1., shift=0., first=0., unused=False):
+def result(f, shape, groups, seed=0, dtype=torch.float32, scale=1., offset=0., first=0., shifts=None, unused=False):
+    "Maps of standard deviation `scale` around `offset`, their first pixel `first` off, and, of size `shifts`, numbers that f adds: output, and the gradients of maps, weight, bias and those."
     g = torch.Generator().manual_seed(seed)
-    x, w, b, dz = (torch.randn(s, generator=g) for s in (shape, shape[1], shape[1], shape))
+    x, w, b, dz, e = (torch.randn(s, generator=g) for s in (shape, shape[1], shape[1], shape, shape[:2]))
     x[..., 0, 0] += first
-    inputs = [v.to(dtype).requires_grad_() for v in ((x * scale + shift).to(memory_format=torch.channels_last), w, b)]
-    z = f(inputs[0], groups, *inputs[1:], 1e-6)
+    inputs = [v.to(dtype).requires_grad_() for v in ((x * scale + offset).to(memory_format=torch.channels_last), w, b, *([] if shifts is None else [shifts * e]))]
+    z = f(inputs[0], groups, *inputs[1:3], 1e-6, *inputs[3:])
     return [z.detach(), *torch.autograd.grad(z, inputs, dz.to(dtype), allow_unused=unused)]
 
 
-def torchs(x, groups, *rest): return silu(group_norm(x, groups, *rest))
+def torchs(x, groups, weight, bias, eps, shift=None): return silu(group_norm(x if shift is None else x + shift[:, :, None, None], groups, weight, bias, eps))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.integers(1, 5), st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 3, 16]), st.integers(1, 40), st.integers(1, 13), st.integers(0, 99), st.sampled_from([1., 1e-3, 30.]), st.sampled_from([0., 5.]), st.sampled_from([0., 100.]), st.sampled_from([1, 2]))
-def test_as_near_to_float64_as_pytorch(n, groups, each, h, w, seed, scale, shift, first, threads):
+@given(st.integers(1, 5), st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 3, 16]), st.integers(1, 40), st.integers(1, 13), st.integers(0, 99), st.sampled_from([1., 1e-3, 30.]), st.sampled_from([0., 5.]), st.sampled_from([0., 100.]), st.sampled_from([None, .5, 20.]), st.sampled_from([1, 2]))
+def test_as_near_to_float64_as_pytorch(n, groups, each, h, w, seed, scale, offset, first, shifts, threads):
     if each * h * w == 1: h = 2
     torch.set_num_threads(threads)
-    case = dict(shape=(n, groups * each, h, w), groups=groups, seed=seed, scale=scale, shift=shift, first=first)
+    case = dict(shape=(n, groups * each, h, w), groups=groups, seed=seed, scale=scale, offset=offset, first=first, shifts=shifts)
     exact, ours, theirs = result(torchs, dtype=torch.float64, **case), result(norm_silu, **case), result(torchs, **case)
-    x = result(lambda x, *_: x * 1, dtype=torch.float64, unused=True, **case)[0].reshape(n, groups, -1)
+    x = result(lambda x, groups, w, b, eps, shift=torch.zeros(()): x + (shift[:, :, None, None] if shift.ndim else shift), dtype=torch.float64, unused=True, **case)[0].reshape(n, groups, -1)
     deviation = (x.var(-1, correction=0) + 1e-6).sqrt()
     normed = ((x - x.mean(-1, keepdim=True)) / deviation[..., None]).abs().max()
     rounded = 1 + x.abs().max() / deviation.min()                           # how much larger what is rounded is than what is left of it
-    summands = 3 * rounded, 10 * rounded / deviation.min(), 5 * rounded * normed, 5 * rounded        # the size of what is added up, and may cancel
+    summands = 3 * rounded, 10 * rounded / deviation.min(), 5 * rounded * normed, 5 * rounded, 10 * rounded / deviation.min() * h * w        # the size of what is added up, and may cancel
+    assert len(ours) == 4 + (shifts is not None)
     for a, b, e, size in zip(ours, theirs, exact, summands): assert (a - e).abs().max() <= 3 * (b - e).abs().max() + 2e-6 * max(e.abs().max(), size)
 
 
@@ -76,16 +78,22 @@ def test_other_tensors_take_pytorchs_operations(monkeypatch):
     monkeypatch.setattr(models, "_kernel", lambda: lambda *a: called.append(1) or norm_silu(*a))
     m = models.NormSiLU(2, 4)
     last = torch.rand(2, 4, 5, 6).to(memory_format=torch.channels_last)
-    for x in (last.contiguous(), last.double(), last.to("meta")):
-        net = m if x.dtype == torch.float32 else models.NormSiLU(2, 4).double()
-        assert net.to(x.device)(x).shape == x.shape and not called
-        m.to_empty(device="cpu"); torch.nn.init.ones_(m.weight); torch.nn.init.zeros_(m.bias)
-    assert torch.allclose(m(last), m(last.contiguous()), atol=1e-6) and called == [1]
+    for x in (last.double(), last.to("meta"), last.bfloat16()):
+        net = models.NormSiLU(2, 4).to(x.device, x.dtype)
+        assert net(x, torch.ones_like(x[..., 0, 0])).shape == x.shape and not called
+    assert m(last, torch.rand(2, 4).bfloat16()).isfinite().all() and not called
+    shift = torch.rand(2, 4)
+    torch.testing.assert_close(m(last, shift), silu(group_norm(last + shift[:, :, None, None], 2))); assert torch.equal(m(last), m(last.contiguous())) and called == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shape, groups, w, b", [((2, 10, 3, 3), 4, 10, 10), ((2, 8, 3, 3), 4, 4, 8), ((2, 8, 3, 3), 4, 8, 4), ((2, 8, 3), 4, 8, 8), ((2, 8, 0, 3), 4, 8, 8), ((2, 8, 1, 1), 8, 8, 8)])
 def test_shapes_that_do_not_fit_are_refused(shape, groups, w, b):
     with pytest.raises(ValueError, match="groups"): norm_silu(torch.rand(shape), groups, torch.ones(w), torch.zeros(b))
+
+
+def test_shifts_that_do_not_fit_are_refused():
+    for shape in ((8,), (2, 4), (3, 8)):
+        with pytest.raises(ValueError, match="shift"): norm_silu(torch.rand(2, 8, 3, 3), 4, torch.ones(8), torch.zeros(8), shift=torch.rand(shape))
 
 
 def test_as_a_part_of_a_model():
@@ -108,7 +116,7 @@ def test_a_placed_denoiser_uses_it(monkeypatch):
     monkeypatch.setattr(models, "_kernel", lambda: lambda *a: called.append(1) or norm_silu(*a))
     model = models.build_model(models.model_config(dict(name="ddpm", channels=[16, 32, 32], num_res_blocks=1, num_head_channels=16, norm_num_groups=16, patch=4)))
     norms = sum(isinstance(m, models.NormSiLU) for m in model.modules())
-    for precision, expected in (("float32", norms - 2), ("bf16", 0)):                    # two maps after attention come in another order
+    for precision, expected in (("float32", norms), ("bf16", 0)):
         called.clear()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): models.placed(model, "cpu", precision).denoiser(torch.rand(2, 1, 96, 96), torch.tensor([3, 7]))
         assert norms > 25 and len(called) == expected

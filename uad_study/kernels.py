@@ -48,19 +48,19 @@ def _sigmoid(y):
 
 # %% ../nbs/29_kernels.ipynb #84ec6cfb
 @_compiled
-def _forward(x, weight, bias, eps, z, mean, scale):
-    "One slice, (rows, lanes) float32, each row some pixels' channels one after the other: writes z, and the groups' means and reciprocal standard deviations, (G,)."
-    (rows, lanes), channels, groups = x.shape, len(weight), len(mean)
+def _forward(x, weight, bias, shift, eps, z, means, scale):
+    "One slice, (rows, lanes) float32, each row some pixels' channels one after the other; `shift`, (C,), is added to it. Writes z, the channels' means, (C,) in float64, and the groups' reciprocal standard deviations, (G,)."
+    (rows, lanes), channels, groups = x.shape, len(weight), len(scale)
     d, pixels = channels // groups, rows * lanes // channels
     s, q = np.empty(lanes, np.float32), np.empty(lanes, np.float32)
-    means, squares = np.zeros(channels), np.zeros(channels)
+    own, squares = np.zeros(channels), np.zeros(channels)
     for start in range(0, rows, 16):                                      # sums of few in float32, of all in float64
         s[:] = 0
         for p in range(start, min(start + 16, rows)):
             for c in range(lanes): s[c] += x[p, c]
         for i in range(0, lanes, channels):
-            for c in range(channels): means[c] += s[i + c]
-    for c in range(channels): means[c] /= pixels; q[c::channels] = means[c]
+            for c in range(channels): own[c] += s[i + c]
+    for c in range(channels): own[c] /= pixels; q[c::channels] = own[c]; means[c] = own[c] + shift[c]
     for start in range(0, rows, 16):
         s[:] = 0
         for p in range(start, min(start + 16, rows)):
@@ -72,8 +72,8 @@ def _forward(x, weight, bias, eps, z, mean, scale):
         for c in range(g * d, g * d + d): m += means[c] / d
         for c in range(g * d, g * d + d): v += (squares[c] / pixels + (means[c] - m)**2) / d
         r = 1 / np.sqrt(v + eps) if v < np.inf else np.nan                # too large for float32 is told, as by PyTorch
-        mean[g] = m; scale[g] = r
-        for c in range(g * d, g * d + d): s[c::channels] = weight[c] * r; q[c::channels] = bias[c] - m * r * weight[c]
+        scale[g] = r
+        for c in range(g * d, g * d + d): s[c::channels] = weight[c] * r; q[c::channels] = bias[c] + (shift[c] - m) * r * weight[c]
     for p in range(rows):
         for c in range(lanes):
             y = x[p, c] * s[c] + q[c]
@@ -81,13 +81,14 @@ def _forward(x, weight, bias, eps, z, mean, scale):
 
 # %% ../nbs/29_kernels.ipynb #3013eb11
 @_compiled
-def _backward(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
-    "One slice, all (rows, lanes): from the gradient of its z writes those of its x, and of weight and bias, (C,) in float64."
-    (rows, lanes), channels, groups = x.shape, len(weight), len(mean)
+def _backward(dz, x, weight, bias, shift, means, scale, dx, dweight, dbias, dshift):
+    "One slice, all (rows, lanes): from the gradient of its z writes those of its x, and of weight, bias and shift, (C,) in float64."
+    (rows, lanes), channels, groups = x.shape, len(weight), len(scale)
     d, pixels = channels // groups, rows * lanes // channels
     s, q, a, b, m = np.empty((5, lanes), np.float32)
-    for c in range(channels): m[c::channels] = mean[c // d]; a[c::channels] = weight[c] * scale[c // d]; b[c::channels] = bias[c] - m[c] * a[c]
-    dweight[:] = 0; dbias[:] = 0
+    for c in range(channels):
+        m[c::channels] = means[c // d * d:c // d * d + d].mean() - shift[c]; a[c::channels] = weight[c] * scale[c // d]; b[c::channels] = bias[c] - m[c] * a[c]
+    sums, products = np.zeros(channels), np.zeros(channels)
     for start in range(0, rows, 16):
         s[:] = 0; q[:] = 0
         for p in range(start, min(start + 16, rows)):
@@ -98,32 +99,34 @@ def _backward(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
                 dx[p, c] = dy                                             # not yet: what follows goes over it once more
                 s[c] += dy; q[c] += dy * (x[p, c] - m[c])
         for i in range(0, lanes, channels):
-            for c in range(channels): dbias[c] += s[i + c]; dweight[c] += q[i + c]
+            for c in range(channels): sums[c] += s[i + c]; products[c] += q[i + c]
     for g in range(groups):
-        r, u, v = np.float64(scale[g]), 0., 0.
+        r, u, v, mean = np.float64(scale[g]), 0., 0., means[g * d:g * d + d].mean()
         for c in range(g * d, g * d + d):
-            u += dbias[c] * weight[c]; v += dweight[c] * weight[c]; dweight[c] *= r
+            u += sums[c] * weight[c]; v += products[c] * weight[c]; dbias[c] = sums[c]; dweight[c] = products[c] * r
         u *= r / (d * pixels); v *= r**3 / (d * pixels)
-        for c in range(g * d, g * d + d): s[c::channels] = -v; q[c::channels] = v * mean[g] - u
+        for c in range(g * d, g * d + d):
+            s[c::channels] = -v; q[c::channels] = v * (mean - shift[c]) - u
+            dshift[c] = weight[c] * r * sums[c] + pixels * (v * (mean - means[c]) - u)
     for p in range(rows):
         for c in range(lanes): dx[p, c] = dx[p, c] * a[c] + x[p, c] * s[c] + q[c]
 
 # %% ../nbs/29_kernels.ipynb #55fcefb3
 @_compiled
-def _forward_alone(x, weight, bias, eps, z, mean, scale):
-    for i in range(len(x)): _forward(x[i], weight, bias, eps, z[i], mean[i], scale[i])
+def _forward_alone(x, weight, bias, shift, eps, z, means, scale):
+    for i in range(len(x)): _forward(x[i], weight, bias, shift[i], eps, z[i], means[i], scale[i])
 
 @_compiled(parallel=True)
-def _forward_shared(x, weight, bias, eps, z, mean, scale):
-    for i in numba.prange(len(x)): _forward(x[i], weight, bias, eps, z[i], mean[i], scale[i])
+def _forward_shared(x, weight, bias, shift, eps, z, means, scale):
+    for i in numba.prange(len(x)): _forward(x[i], weight, bias, shift[i], eps, z[i], means[i], scale[i])
 
 @_compiled
-def _backward_alone(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
-    for i in range(len(x)): _backward(dz[i], x[i], weight, bias, mean[i], scale[i], dx[i], dweight[i], dbias[i])
+def _backward_alone(dz, x, weight, bias, shift, means, scale, dx, dweight, dbias, dshift):
+    for i in range(len(x)): _backward(dz[i], x[i], weight, bias, shift[i], means[i], scale[i], dx[i], dweight[i], dbias[i], dshift[i])
 
 @_compiled(parallel=True)
-def _backward_shared(dz, x, weight, bias, mean, scale, dx, dweight, dbias):
-    for i in numba.prange(len(x)): _backward(dz[i], x[i], weight, bias, mean[i], scale[i], dx[i], dweight[i], dbias[i])
+def _backward_shared(dz, x, weight, bias, shift, means, scale, dx, dweight, dbias, dshift):
+    for i in numba.prange(len(x)): _backward(dz[i], x[i], weight, bias, shift[i], means[i], scale[i], dx[i], dweight[i], dbias[i], dshift[i])
 
 # %% ../nbs/29_kernels.ipynb #39e527a6
 _ONE_AT_A_TIME, _forked = Lock(), []
@@ -154,28 +157,31 @@ def _maps(rows, like) -> torch.Tensor:
     return x.set_(rows.untyped_storage(), 0, (n, c, h, w), (h * w * c, 1, w * c, c))
 
 # %% ../nbs/29_kernels.ipynb #4d733b8c
+def _arrays(*tensors): return [t.detach().contiguous().numpy() for t in tensors]
+
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        rows, mean, scale = _rows(x), *np.empty((2, len(x), groups), np.float32)
+    def forward(ctx, x, weight, bias, shift, groups, eps):
+        rows, means, scale = _rows(x), np.empty(x.shape[:2]), np.empty((len(x), groups), np.float32)
         z = torch.empty_like(rows)
-        _run(_forward_alone, _forward_shared, rows.numpy(), weight.detach().numpy(), bias.detach().numpy(), eps, z.numpy(), mean, scale)
-        ctx.save_for_backward(x, weight, bias); ctx.moments = mean, scale
+        _run(_forward_alone, _forward_shared, *_arrays(rows, weight, bias, shift), eps, z.numpy(), means, scale)
+        ctx.save_for_backward(x, weight, bias, shift); ctx.moments = means, scale
         return _maps(z, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz):
-        x, weight, bias = ctx.saved_tensors
-        rows = _rows(x)
-        dx, sums = torch.empty_like(rows), np.empty((2, *x.shape[:2]))
-        _run(_backward_alone, _backward_shared, _rows(dz).numpy(), rows.numpy(), weight.detach().numpy(), bias.detach().numpy(), *ctx.moments, dx.numpy(), *sums)
-        return _maps(dx, x), *torch.from_numpy(sums.sum(1)).float(), None, None
+        x, *rest = ctx.saved_tensors
+        dx, sums = torch.empty_like(rows := _rows(x)), np.empty((3, *x.shape[:2]))
+        _run(_backward_alone, _backward_shared, *_arrays(_rows(dz), rows, *rest), *ctx.moments, dx.numpy(), *sums)
+        return _maps(dx, x), *torch.from_numpy(sums[:2].sum(1)).float(), torch.from_numpy(sums[2]).float(), None, None
 
-def norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """`silu(group_norm(x, groups, weight, bias, eps))` of maps (B, C, H, W) on a CPU, float32, at its best where channels lie last (`torch.channels_last`), as they do in the result.
+def norm_silu(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-6, shift: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(group_norm(x + shift[:, :, None, None], groups, weight, bias, eps))` of maps (B, C, H, W) on a CPU, float32, at its best where channels lie last (`torch.channels_last`), as they do in the result; `shift`, (B, C), may be left out.
 
     Sums of many pixels are taken in float64. Differentiable once. Raises `ValueError` for shapes that do not fit each other."""
     if x.ndim != 4 or x.shape[1] % groups or not len(weight) == len(bias) == x.shape[1] or x.shape[1:].numel() < 2 * groups:
         raise ValueError(f"maps {tuple(x.shape)} in {groups} groups with {len(weight)} weights and {len(bias)} biases: the groups must share the channels evenly, have two values or more, and each channel a weight and a bias")
-    return _NormSiLU.apply(x, weight, bias, groups, eps)
+    if shift is None: shift = x.new_zeros(x.shape[:2])
+    if shift.shape != x.shape[:2]: raise ValueError(f"maps {tuple(x.shape)} with a shift of {tuple(shift.shape)}: it must have a number for each slice and channel")
+    return _NormSiLU.apply(x, weight, bias, shift, groups, eps)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SAMPLERS', 'ModelConfig', 'of_batch', 'AEConfig', 'VAEConfig', 'AE', 'VAE', 'DAEConfig', 'DAE',
-           'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'UpConv', 'NormSiLU', 'Denoiser', 'GaussianDDPM',
-           'DDPM', 'model_config', 'restore_config', 'build_model', 'placed', 'output', 'model_label',
+           'GaussianDDPMConfig', 'DDPMConfig', 'RestoreConfig', 'UpConv', 'NormSiLU', 'ResBlock', 'Denoiser',
+           'GaussianDDPM', 'DDPM', 'model_config', 'restore_config', 'build_model', 'placed', 'output', 'model_label',
            'parameter_count']
 
 # %% ../nbs/32_models.ipynb #21f35d1c
@@ -265,9 +265,9 @@ class RestoreConfig:
 
 # %% ../nbs/32_models.ipynb #79dccfc4
 class UpConv(nn.Module):
-    """Twice the size by nearest neighbours, then the 3x3 convolution `conv`: (B, C, H, W) to (B, K, 2H, 2W), as one transposed convolution of 4x4 with a stride of 2.
+    """Twice the size by nearest neighbours, then the 3x3 convolution `conv` without its bias: (B, C, H, W) to (B, K, 2H, 2W), as one transposed convolution of 4x4 with a stride of 2.
 
-    The same sums in another order: pixels that were copied are multiplied once, by the sum of their weights, which is 16 multiplications where there were 36. The bias is added by itself: its gradient inside a transposed convolution is slow on a CPU."""
+    The same sums in another order: pixels that were copied are multiplied once, by the sum of their weights, which is 16 multiplications where there were 36. `ResBlock` adds the bias: its gradient inside a transposed convolution is slow on a CPU."""
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
@@ -276,8 +276,7 @@ class UpConv(nn.Module):
         w = pad(self.conv.weight.flip(-1, -2), (1, 1, 1, 1))
         w = w[..., 1:, :] + w[..., :-1, :]
         w = w[..., 1:] + w[..., :-1]
-        y = conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1)
-        return y + self.conv.bias.to(y.dtype)[:, None, None]
+        return conv_transpose2d(x, w.transpose(0, 1), stride=2, padding=1)
 
 # %% ../nbs/32_models.ipynb #1e406f12
 @cache
@@ -292,15 +291,20 @@ def _kernel():
     except Exception as e: return log.warning("Numba is installed, but does not work (%s): diffusion models do without it, more slowly", e)
 
 class NormSiLU(nn.GroupNorm):
-    "Group norm with weights, then SiLU: by `kernels.norm_silu` for float32 maps on a CPU whose channels lie last, by PyTorch's operations for others."
-    def forward(self, x):
-        at_home = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
-        if at_home and (norm_silu := _kernel()): return norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
-        return silu(super().forward(x))
+    "Group norm with weights, then SiLU, of maps x (B, C, H, W) and what is added to them first, `shift` (B, C): by `kernels.norm_silu` for float32 on a CPU (there, channels lie last in the result), by PyTorch's operations for other maps."
+    def forward(self, x, shift=None):
+        at_home = x.device.type == "cpu" and {x.dtype, self.weight.dtype, getattr(shift, "dtype", x.dtype)} == {torch.float32} and not torch.compiler.is_compiling()
+        if at_home and (norm_silu := _kernel()): return norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, shift)
+        return silu(super().forward(x if shift is None else x + shift[:, :, None, None]))
 
-class _AfterNorm(nn.SiLU):
-    "SiLU of what is no map, such as a block's embedding of time: a block's maps come from `NormSiLU`."
-    def forward(self, x): return x if x.ndim == 4 else super().forward(x)
+class ResBlock(nn.Module):
+    "The forward pass of MONAI's residual block, whose layers it has: maps (B, C, H, W) and the embedding of time (B, E) to maps of the block's channels and size."
+    def forward(self, x, emb):
+        h, shift = self.norm1(x), self.time_emb_proj(silu(emb))
+        if self.down: x, h = self.downsample(x), self.downsample(h)
+        if self.up: shift = shift + self.conv1.conv.bias.to(shift.dtype)
+        h, x = self.conv2(self.norm2(self.conv1(h), shift)), self.skip_connection(x)
+        return h.add_(x) if h.dtype == x.dtype else h + x
 
 # %% ../nbs/32_models.ipynb #51d00937
 def _faster(unet):
@@ -308,7 +312,7 @@ def _faster(unet):
     def along(norm): norm.__class__ = NormSiLU
     for block in unet.modules():
         if getattr(block, "up", False): block.upsample, block.conv1, block.skip_connection = None, UpConv(block.conv1.conv), nn.Upsample(scale_factor=2, mode="nearest")
-        if hasattr(block, "time_emb_proj"): along(block.norm1); along(block.norm2); block.nonlinearity = _AfterNorm()
+        if hasattr(block, "time_emb_proj"): along(block.norm1); along(block.norm2); block.__class__ = ResBlock        # its layers stay, under their names
     along(unet.out[0]); unet.out[1] = nn.Identity()
     return unet
 
