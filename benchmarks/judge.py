@@ -21,10 +21,11 @@ def ours(x, x_hat, brain, truth) -> np.ndarray:
     "(scores, 3): threshold, Dice, AUPRC."
     maps = score_maps(x, x_hat, NAMES)
     done = postprocess(np.stack([maps[n] for n in NAMES]), brain)
-    out = []
+    inside, out = truth[brain], []
     for m in done:
-        t, _ = best_threshold(m[brain], truth[brain])
-        out.append((t, dice(components(m > t), truth), auprc(m[brain], truth[brain])))
+        scores = m[brain]
+        t, _ = best_threshold(scores, inside)
+        out.append((t, dice(components(m > t), truth), auprc(scores, inside)))
     return np.array(out)
 
 
@@ -41,13 +42,15 @@ def plain(x, x_hat, brain, truth) -> np.ndarray:
     maps = [np.abs(x - x_hat), (x - x_hat)**2, *(1 - s for s in ssim.values()), 1 - S.mean(0), 1 - (w * S).sum(0)]
     cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)[:, :, None]
     eroded, out = binary_erosion(brain, cross, iterations=3), []
+    inside = truth[brain]
     for m in maps:
         m = median_filter((m * eroded).astype(np.float32), 5)
-        precision, recall, thresholds = precision_recall_curve(truth[brain], m[brain])
+        scores = m[brain]
+        precision, recall, thresholds = precision_recall_curve(inside, scores)
         f = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         t = thresholds[f[:-1].argmax()]
         p = remove_small_objects(m >= t, max_size=7, connectivity=3)
-        out.append((t, 2 * (p & truth).sum() / (p.sum() + truth.sum()), average_precision_score(truth[brain], m[brain])))
+        out.append((t, 2 * (p & truth).sum() / (p.sum() + truth.sum()), average_precision_score(inside, scores)))
     return np.array(out)
 
 

@@ -67,10 +67,11 @@ def postprocess(score, brain_mask, erode: int = 3, median: int = 5, *, median_fi
 
 # %% ../nbs/21_postprocess.ipynb #a58bd750
 def labelled(mask, connectivity: int = 26) -> tuple[np.ndarray, int]:
-    "Connected components of a bool `mask` (H, W, D), numbered from 1 (0: none), and how many. `connectivity`: 6, 18 or 26 neighbours. (cc3d is quicker than SciPy, which steps in where it is not installed.)"
+    "Connected components of a bool `mask` (H, W, D), numbered from 1 (0: none), and how many. `connectivity`: 6, 18 or 26 neighbours. (cc3d is quicker than SciPy, which steps in where it is not installed, and for a single line of voxels, on which cc3d 4.1 can fail.)"
     choice(connectivity, (6, 18, 26), "postprocess.connectivity")
     try: from cc3d import connected_components
-    except ImportError:
+    except ImportError: connected_components = None
+    if not connected_components or mask.size == max(mask.shape):
         from scipy.ndimage import generate_binary_structure, label
         return label(mask, generate_binary_structure(3, (6, 18, 26).index(connectivity) + 1))
     return connected_components(np.require(mask, requirements="CW"), connectivity=connectivity, return_N=True)             # cc3d refuses what is read-only
@@ -82,8 +83,8 @@ def components(mask, min_voxels: int = 8, connectivity: int = 26):
     if m.ndim < 3: raise UadError(f"postprocess: the mask has shape {m.shape}: give volumes (..., H, W, D)")
     m = m != 0
     def keep(volume):
-        labels, _ = labelled(volume, connectivity)
-        large = np.bincount(labels.ravel()) >= min_voxels
-        large[0] = False
-        return large[labels]
+        out, at = np.zeros(volume.shape, bool), np.flatnonzero(volume)
+        label = labelled(volume, connectivity)[0].ravel()[at]
+        out.ravel()[at] = (np.bincount(label) >= min_voxels)[label]
+        return out
     return back(np.stack([keep(v) for v in m.reshape(-1, *m.shape[-3:])]).reshape(m.shape) if m.size else m)
