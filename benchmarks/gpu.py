@@ -1,16 +1,23 @@
 """Training and scoring on a GPU, against what the GPU can do and against MONAI: `make bench-gpu`, or python benchmarks/gpu.py. Writes benchmarks/gpu.md. --smoke: every part once, tiny, on the CPU; writes nothing."""
-import argparse, sys, tempfile, time
+import argparse, os, sys, tempfile, time, warnings
+from dataclasses import replace
+from functools import partialmethod
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 import numpy as np, torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent))
 import judge, peers
 from uad_study import phantom
 from uad_study.cohort import Cohort, Item, slice_index, take_slices, write_cohort
-from uad_study.models import Denoiser, model_config, parameter_count
+from uad_study.judge import ScoreConfig, judge as judging, maps_of_reconstruction
+from uad_study.models import Denoiser, build_model, model_config, parameter_count
+from uad_study.reconstruct import reconstruct_cohort
 from uad_study.runs import provenance, read_study
 from uad_study.scores import ssim_ens
-from uad_study.train import Team, TrainConfig, _advance, _Training, generator_for
+from uad_study.train import Team, TrainConfig, _advance, _Training, generator_for, save_checkpoint
 
 PAPER_STEPS, FOLD_MINUTES = 19200, 18
 
@@ -41,11 +48,39 @@ def matmul_rate(device, n: int, calls: int) -> float:
 
 def step_flop(config, batch: int, network=Denoiser) -> int:
     "FLOP of forward and backward pass of a training step, counted on small tensors' shapes only (nothing is computed)."
-    from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"): denoiser = network(config)
     x, t = torch.empty(batch, 1, 96, 96, device="meta"), torch.zeros(batch, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter: denoiser(x, t).sum().backward()
     return counter.get_total_flops()
+
+
+class _Traffic(torch.utils._python_dispatch.TorchDispatchMode):
+    "Counts the bytes that operations read and write when each reads its inputs and writes its results once; views move nothing."
+    bytes = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if not f.is_view: self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def step_bytes(config, batch: int) -> int:
+    "Bytes that the operations of forward and backward pass of a training step move one by one (a compiler joins some of them), in bfloat16; nothing is computed."
+    with torch.device("meta"): denoiser = Denoiser(config).bfloat16()
+    x, t = torch.empty(batch, 1, 96, 96, device="meta", dtype=torch.bfloat16), torch.zeros(batch, dtype=torch.int64, device="meta")
+    with _Traffic() as counted: denoiser(x, t).sum().backward()
+    return counted.bytes
+
+
+def host_waits(f, device) -> int:
+    "How often the host waits for the GPU in a call of `f`."
+    if torch.device(device).type != "cuda": return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found: warnings.simplefilter("always"); f()
+    finally: torch.cuda.set_sync_debug_mode("default")
+    for w in found: print(w.filename, w.lineno, w.message, file=sys.stderr)
+    return sum("synchroniz" in str(w.message) for w in found)
 
 
 def heads(folder, n: int) -> Cohort:
@@ -55,12 +90,19 @@ def heads(folder, n: int) -> Cohort:
     return Cohort(folder)
 
 
-def training(config, batch: int, device, volumes: int, calls: int, rate: float) -> list[str]:
-    "Lines on the training step: its floor, ours (as `train` does it, and the network alone), MONAI's loop in float32 and in mixed precision, the noise's share."
+def training(config, batch: int, device, volumes: int, calls: int, rate: float, bandwidth: float, backend: str) -> list[str]:
+    "Lines on the training step: its floors, ours (as `train` does it; compiled, too), MONAI's loop in float32 and in mixed precision, the noise's share."
     with tempfile.TemporaryDirectory() as place:
         cohort, settings = heads(Path(place)/"cohort", volumes), TrainConfig(batch_size=batch)
-        t = _Training(cohort, "T2w", 0, config, settings, Path(place)/"run", device, tensorboard=False, team=Team(), stop=lambda: False, tell=lambda *a, **k: None)
-        ours = seconds(lambda: _advance(t), device, calls, 2)
+        def begun(name, settings): return _Training(cohort, "T2w", 0, config, settings, Path(place)/name, device, tensorboard=False, team=Team(), stop=lambda: False, tell=lambda *a, **k: None)
+        t = begun("run", settings)
+        plain = seconds(lambda: _advance(t), device, calls, 2)
+        t.read_losses(); waits = host_waits(lambda: _advance(t), device)
+        try:
+            with mock.patch.object(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)): c = begun("compiled", replace(settings, compile=True))
+            compiled = seconds(lambda: _advance(c), device, calls, 3)
+        except Exception as e: compiled = float("inf"); print(f"compiled it does not run: {type(e).__name__}", file=sys.stderr)
+        ours = min(plain, compiled)
         slices, weights = take_slices(cohort, slice_index(cohort, t.rows["train"])), t.model.denoiser.state_dict()
         x = torch.from_numpy(slices[:batch]).to(device)
         noise = seconds(lambda: t.model.noise(x, generator_for(device, 0)), device, calls, 2)
@@ -69,11 +111,14 @@ def training(config, batch: int, device, volumes: int, calls: int, rate: float) 
             loop = peers.MonaiLoop(slices, peers.MonaiDenoiser(config), batch, settings.lr, amp=amp, device=device)
             loop.network.denoiser.load_state_dict(weights)
             peer[amp] = seconds(loop.step, device, calls, 2)
-        flop = step_flop(config, batch)
+        flop, moved = step_flop(config, batch), step_bytes(config, batch)
         fold, share = ours * PAPER_STEPS / 60, flop / ours / rate
         line = lambda what, figure, bar, met: f"| {what} | {figure} | {bar} | {'yes' if met else '**no**'} |"
         return [f"| training step, {parameter_count(t.model):,} parameters, batch {batch}, {t.precision}: operations | {flop / 1e12:.3g} TFLOP | | |", f"| the same: floor at the measured matrix rate | {flop / rate * 1e3:.3g} ms | | |",
-                line("the same: ours, whole (data, noise, network, optimiser)", f"{ours * 1e3:.3g} ms, {share:.0%} of the matrix rate", "35 %", share >= .35),
+                f"| the same: bytes that its operations move, one by one, in bf16 | {moved / 1e9:.3g} GB, at the measured bandwidth {moved / bandwidth * 1e3:.3g} ms | | |",
+                f"| the same: ours, whole (data, noise, network, optimiser) | {plain * 1e3:.3g} ms | | |", f"| the same with train.compile | {compiled * 1e3:.3g} ms | | |",
+                line("the better of both", f"{ours * 1e3:.3g} ms, {ours / max(flop / rate, 1e-12):.2f} times the floor, {share:.0%} of the matrix rate", "35 %", share >= .35),
+                line("times that the host waits for the device in a step", waits, "0", not waits),
                 line("MONAI's DDPM tutorial loop, float32, Gaussian noise", f"{peer[False] * 1e3:.3g} ms, {peer[False] / ours:.2f} times ours", "5 times", peer[False] / ours >= 5),
                 line("MONAI's loop, mixed precision", f"{peer[True] * 1e3:.3g} ms, {peer[True] / ours:.2f} times ours", "1.5 times", peer[True] / ours >= 1.5),
                 line(f"a fold of {PAPER_STEPS:,} such steps", f"{fold:.3g} minutes", f"{FOLD_MINUTES} minutes", fold <= FOLD_MINUTES),
@@ -106,7 +151,28 @@ def scoring(device, calls: int, bandwidth: float) -> list[str]:
     d = float((ssim_ens(a, b).cpu() - torch.from_numpy(ssim_ens(x.astype(np.float64), x_hat.astype(np.float64)))).abs().max())
     assert d < 1e-4, d
     t, least = seconds(lambda: ssim_ens(a, b), device, calls, 2), 3 * a.numel() * 4 / bandwidth
-    return [f"| SSIM-ens of 96x96x50, eight sigmas (to {d:.0e} of float64 on the CPU) | {t * 1e3:.3g} ms; reading two volumes and writing one takes {least * 1e3:.2g} ms | 2 ms | {'yes' if t <= .002 else '**no**'} |"]
+    with FlopCounterMode(display=False) as work, _Traffic() as counted: ssim_ens(a, b)
+    return [f"| SSIM-ens of 96x96x50, eight sigmas (to {d:.0e} of float64 on the CPU) | {t * 1e3:.3g} ms; reading two volumes and writing one takes {least * 1e3:.2g} ms | 2 ms | {'yes' if t <= .002 else '**no**'} |",
+            f"| the same: operations, and bytes that they move one by one | {work.get_total_flops() / 1e9:.3g} GFLOP; {counted.bytes / 1e9:.3g} GB, at the measured bandwidth {counted.bytes / bandwidth * 1e3:.3g} ms | | |"]
+
+
+def cohort_of(config, device, n: int) -> list[str]:
+    "Lines on `n` patients (ten are made, and packed again and again), a tenth of them for validation: restored by an untrained model, then scored and judged by SSIM-ens with all processors."
+    ten, threads = [phantom.diseased(i, "tumour") for i in range(min(n, 10))], torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_cohort(place/"cohort", (Item(dict(subject_id=f"p{i}", contrast="T2w", pathology="tumour", split="val" if i < max(1, n // 10) else "test", val_fold=-1), (p := ten[i % len(ten)]).images["T2w"], p.brain_mask, p.lesion_mask, p.twins["T2w"]) for i in range(n)), n)
+        c, names = Cohort(place/"cohort"), ("ssim_ens",)
+        save_checkpoint(place/"untrained.pt", build_model(config), step=0, contrast="T2w")
+        began = time.perf_counter()
+        x_hat = reconstruct_cohort(c, range(n), place/"untrained.pt", place, device=device)
+        restored = time.perf_counter()
+        torch.set_num_threads(os.cpu_count())
+        try: cases = judging(c, "T2w", 0, lambda r: maps_of_reconstruction(c, r, x_hat[r], names, ScoreConfig()).values(), names, ScoreConfig(names=names), place/"maps", "untrained")["cases"]
+        finally: torch.set_num_threads(threads)
+        over = time.perf_counter()
+        assert len(cases.subject_id.unique()) == n - max(1, n // 10)
+    return [f"| {n:,} volumes (packed before): restored in {restored - began:.3g} s, scored and judged by SSIM-ens, with {os.cpu_count()} processors, in {over - restored:.3g} s | {over - began:.3g} s | 2 minutes | {'yes' if over - began <= 120 else '**no**'} |"]
 
 
 def main():
@@ -120,7 +186,8 @@ def main():
     demo = read_study("demo").entries[0].model
     config = model_config(demo | dict(channels=[16, 32], num_head_channels=16, patch=4) if a.smoke else "ddpm")
     lines = ["| what | measured | bar | met |", "|---|---|---|---|", f"| copy bandwidth, read and written | {bandwidth / 1e12:.3g} TB/s | | |", f"| bf16 matrix product, {size['n']} x {size['n']} | {rate / 1e12:.3g} TFLOP/s | | |",
-             *training(config, size["batch"], device, size["volumes"], calls, rate), *orders(config, size["batch"], device, calls, "eager" if a.smoke else "inductor"), *scoring(device, calls, bandwidth)]
+             *training(config, size["batch"], device, size["volumes"], calls, rate, bandwidth, "eager" if a.smoke else "inductor"), *orders(config, size["batch"], device, calls, "eager" if a.smoke else "inductor"), *scoring(device, calls, bandwidth),
+             *cohort_of(config, device, 3 if a.smoke else 1000)]
     v = provenance(device)
     text = ["# A smoke run on the CPU: its figures mean nothing" if a.smoke else "# Speed on a GPU", f"Measured by `make bench-gpu`, {v['time'][:10]}, commit {str(v['commit'])[:12]}{' with changes' if v['dirty'] else ''}: {v['device']}; Python {v['python']}, "
             f"torch {v['packages']['torch']}, monai {version('monai')}. Means over {calls} calls, the best of three runs.", "\n".join(lines)]

@@ -25,7 +25,9 @@ def test_a_row_whose_results_differ_is_not_timed(monkeypatch):
     import bench
     def same(a, b): assert a == b
     with pytest.raises(AssertionError): bench.race(bench.Row("a", "b", lambda: 1, lambda: 2, same), 1)
-    assert "| 2.00 | 1.50 to 3.00 of 3 | 1.9 | yes |" in bench.Measured("a", "b", bench.np.array([1., 1., 3.]), bench.np.array([2., 4., 3.]), "equal", 1.9).line()      # a slow round of both changes nothing
+    def line(ours, theirs, bar): return bench.Measured("a", "b", bench.np.array(ours), bench.np.array(theirs), "equal", bar).line()
+    assert "| 2.00 | 1.50 to 2.50 of 3 | 1.9 | yes |" in line([1., 2., 3.], [3., 4., 3.], 1.9)        # the rounds' ratios are 3, 2 and 1
+    assert "| 1.29 |" in line([1.], [1.299], 1.3) and "| **no** |" in line([1.], [1.299], 1.3) and "| 9.9 |" in line([1.], [9.97], 10)
     with pytest.raises(AssertionError): bench.judge.agree(*(bench.np.full((2, 3), v) for v in (.5, .6)))
 
 

@@ -1,9 +1,11 @@
 "The judge as others use it: a planted study with known answers through `uad evaluate --maps`, re-scoring, merging, and what is refused."
-import json, shutil
+import json, shutil, threading
 from importlib.resources import files
 import jsonschema, numpy as np, pandas as pd, pytest
 from conftest import one_line, uad
-from uad_study.cohort import Item, write_cohort
+from uad_study.cohort import Cohort, Item, write_cohort
+from uad_study.core import Stopped
+from uad_study.judge import KeptMaps, ScoreConfig, judge
 from uad_study.volume import GRID_AFFINE, GRID_SHAPE, VOXEL_ML, save_volume
 
 PLAIN = [a for s in ("median=1", "erode=0", "min_voxels=1") for a in ("--set", s)]          # nothing happens to the maps
@@ -72,6 +74,44 @@ def test_result_follows_the_published_schema(planted):
     assert told["methods"][0]["judged"] == "maps" and len(told["methods"][0]["files_sha256"]) == 64 and told["volumes"]["n"] == len(PLANTED)
     everything = "".join(p.read_text() for p in (planted/"out").rglob("*.json") if p.name != "places.json") + (planted/"out"/"report.html").read_text()
     assert str(planted) not in everything
+
+
+def maps_of_planted(cohort, where=None):
+    "Two maps of each row: noise in the brain, brighter in lesions. `where`: collects the threads that ask."
+    def of(row):
+        if where is not None: where.add(threading.current_thread())
+        noise = np.random.default_rng(row).random((2, *GRID_SHAPE), np.float32)
+        yield from (noise + .4 * cohort.lesion_masks[row]) * cohort.brain_masks[row]
+    return of
+
+
+def test_several_threads_judge_as_one_does(planted, tmp_path):
+    cohort, names, config, tables, ticks = Cohort(planted/"cohort"), ("l1", "ssim_ens"), ScoreConfig(erode=0, median=3, healthy_rates=(.1,)), {}, {}
+    for n in (1, 3, 50):
+        asking, ticks[n] = set(), []
+        tables[n] = judge(cohort, "T2w", 0, maps_of_planted(cohort, asking), names, config, tmp_path/str(n), "m", lambda *a: ticks[n].append(a), threads=n)
+        assert asking == {threading.current_thread()} and not (tmp_path/str(n)).exists() and ticks[n] == ticks[1] and len(ticks[n]) == len(PLANTED) + 2
+        for k in tables[1]: pd.testing.assert_frame_equal(tables[n][k], tables[1][k])
+    assert len(tables[1]["cases"]) > 20 and tables[1]["cases"].dice.nunique() > 8 and len(tables[1]["lesions"])
+
+
+def test_fault_or_stop_among_several_threads(planted, tmp_path, monkeypatch):
+    "Either reaches the caller, and what has not begun is left."
+    cohort, kept = Cohort(planted/"cohort"), KeptMaps.keep
+    names, config = ("l1", "ssim_ens"), ScoreConfig(erode=0, median=1)
+    def full(self, row, maps):
+        if row == 2: raise OSError(28, "No space left on device")
+        kept(self, row, maps)
+    monkeypatch.setattr(KeptMaps, "keep", full)
+    with pytest.raises(OSError, match="No space"): judge(cohort, "T2w", 0, maps_of_planted(cohort), names, config, tmp_path/"full", "m", threads=3)
+    monkeypatch.setattr(KeptMaps, "keep", kept)
+    def stop(done, total, what):
+        if done == 3: raise Stopped("stopped")
+    before = threading.active_count()
+    with pytest.raises(Stopped): judge(cohort, "T2w", 0, maps_of_planted(cohort), names, config, tmp_path/"full", "m", stop, threads=2)
+    assert threading.active_count() == before and len(list((tmp_path/"full").glob("*.npy"))) < 2 * len(PLANTED)
+    again = judge(cohort, "T2w", 0, maps_of_planted(cohort), names, config, tmp_path/"full", "m", threads=2)                       # goes on from what was kept
+    pd.testing.assert_frame_equal(again["cases"], judge(cohort, "T2w", 0, maps_of_planted(cohort), names, config, tmp_path/"one", "m", threads=1)["cases"])
 
 
 def test_post_processing_changes_what_is_judged(planted, tmp_path):

@@ -25,9 +25,12 @@ def alpha_bars(schedule: str = "cosine", timesteps: int = 1000) -> torch.Tensor:
     return torch.cumprod(1 - betas.double(), 0).float()
 
 # %% ../nbs/31_diffusion.ipynb #67f727b8
+@lru_cache
+def _bars(schedule, timesteps, device): return alpha_bars(schedule, timesteps).to(device)          # once a device: a copy at each call would make the host wait for a GPU
+
 def q_sample(x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, schedule: str = "cosine", timesteps: int = 1000) -> torch.Tensor:
     "x_t of images `x0` (B, 1, H, W) in [-1, 1] at integer steps `t` (B,) with `noise` (B or 1, 1, H, W). Ho et al. 2020, eq. 4."
-    a = alpha_bars(schedule, timesteps).to(x0.device)[t].view(-1, *[1] * (x0.ndim - 1))
+    a = _bars(schedule, timesteps, x0.device)[t].view(-1, *[1] * (x0.ndim - 1))
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 # %% ../nbs/31_diffusion.ipynb #659c7435

@@ -7,7 +7,9 @@ __all__ = ['NOMINAL', 'ScoreConfig', 'maps_of_volume', 'maps_of_reconstruction',
            'post_processed', 'HealthyMaps', 'KeptMaps', 'headline_rule', 'rate_rule', 'judge', 'sweep']
 
 # %% ../nbs/39_judge.ipynb #29517198
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .core import LATER, UadError, atomic_file
@@ -218,8 +220,9 @@ class KeptMaps:
             with atomic_file(self.folder/f"{name}.npy") as tmp, open(tmp, "wb") as f: np.save(f, a)
 
     def _places(self, row):
-        if self._last[0] != row: self._last = row, np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(3, *GRID_SHAPE)
-        return self._last[1]
+        last = self._last                                          # several threads may be here at once
+        if last[0] != row: last = self._last = row, np.unpackbits(np.load(self.folder/f"{row}-places.npy")).view(bool).reshape(3, *GRID_SHAPE)
+        return last[1]
 
     def inside(self, row): return self._places(row)[0]
     def eroded(self, row): return self._places(row)[1][self.inside(row)]
@@ -243,9 +246,17 @@ def rate_rule(rate: float) -> str:
 NOMINAL = (.001, .002, .005, .01, .02, .05, .1, .2)
 "Shares of healthy voxels at which false positives are calibrated."
 
+@contextmanager
+def _workers(threads: int):
+    "A `map` whose work is shared by `threads` threads, results in order. What has not begun when the block ends is given up."
+    if threads == 1: yield map; return
+    pool = ThreadPoolExecutor(threads)
+    try: yield pool.map
+    finally: pool.shutdown(cancel_futures=True)
+
 class _Judged:
-    "One score of `kept` maps: its volumes, pooled or one by one, and its thresholds."
-    def __init__(self, kept: KeptMaps, k: int, name: str): self.kept, self.k, self.name, self.config = kept, k, name, kept.config
+    "One score of `kept` maps: its volumes, pooled or one by one, and its thresholds; `each`, a `map` over rows."
+    def __init__(self, kept: KeptMaps, k: int, name: str, each=map): self.kept, self.k, self.name, self.config, self.each = kept, k, name, kept.config, each
 
     def pool(self, rows) -> Pooled: return Pooled(lambda: ((self.kept.scores(r, self.k), self.kept.truth(r)) for r in rows))
 
@@ -268,22 +279,27 @@ class _Judged:
         return components(p, self.config.min_voxels)
 
 # %% ../nbs/39_judge.ipynb #f421a195
-def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: ScoreConfig, work, model: str, tick=None, rows: dict | None = None, brief: bool = False) -> dict[str, pd.DataFrame]:
+def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: ScoreConfig, work, model: str, tick=None, rows: dict | None = None, brief: bool = False, threads: int | None = None) -> dict[str, pd.DataFrame]:
     """Judge the scores `names` of one model on all volumes of a contrast. `maps_of(row)` gives their maps (H, W, D) in this order, before post-processing; only called for what is not in `work` yet.
 
     Returns tables: `cases` (a row per test case, score and rule), `pooled` (per pathology and score: thresholds, pooled AUPRC, prevalence, AUPRC of a map that is the same everywhere), `curves`, `calibration`, `lesions` (a row per true lesion).
     Voxels to ignore are taken out of the prediction before components are counted. val_dice and oracle_pooled_dice are what the search maximised. `rows` ({'val', 'test'}: row numbers) narrows the volumes. `brief`: only the cases at their own validation threshold.
-    Memory holds one map of a volume at a time, but for `components_in_search` and `search_both`, which hold those of one pathology."""
+    `threads` (default: as many as PyTorch uses) share the volumes, with the same result; `maps_of` is called from the caller's alone. Memory holds the maps of as many volumes; `components_in_search` and `search_both` hold one map of all those of one pathology."""
     rows, kept, who, t = rows or {s: cohort.select(s, fold, contrast=contrast) for s in ("val", "test")}, KeptMaps(cohort, work, config), patients(cohort.table), cohort.table
     everything = [int(r) for s in ("val", "test") for r in rows[s]]
-    for i, r in enumerate(everything):
-        if r not in kept: kept.keep(r, maps_of(r))
-        if tick: tick(i + 1, len(everything) + len(names), f"maps of {t.subject_id.iloc[r]}")
     val, test = ({p: [int(r) for r in rows[s] if t.pathology.iloc[r] == p] for p in t.pathology.iloc[rows[s]].unique()} for s in ("val", "test"))
     tables = {name: [] for name in ("cases", "pooled", "curves", "calibration", "lesions")}
-    for k, name in enumerate(names):
-        _judge_score(_Judged(kept, k, name), val, test, who, dict(model=model, contrast=contrast, fold=fold, score=name), tables, brief)
-        if tick: tick(len(everything) + k + 1, len(everything) + len(names), f"judging {name}")
+    threads = threads or torch.get_num_threads()
+    with _workers(threads) as each:
+        for first in range(0, len(everything), threads):
+            some = everything[first:first + threads]
+            made = [(r, list(maps_of(r))) for r in some if r not in kept]
+            for _ in each(lambda new: kept.keep(*new), made): pass
+            for i, r in enumerate(some, first):
+                if tick: tick(i + 1, len(everything) + len(names), f"maps of {t.subject_id.iloc[r]}")
+        for k, name in enumerate(names):
+            _judge_score(_Judged(kept, k, name, each), val, test, who, dict(model=model, contrast=contrast, fold=fold, score=name), tables, brief)
+            if tick: tick(len(everything) + k + 1, len(everything) + len(names), f"judging {name}")
     kept.remove()
     return {name: pd.DataFrame(found) for name, found in tables.items()}
 
@@ -298,7 +314,8 @@ def _judge_score(j: _Judged, val, test, who, common, tables, brief):
             rules |= {f"val:{q}": t for q, (t, _) in own.items() if q != p} | {rule: healthy[rule] for rule in ("healthy", *map(rate_rule, j.config.healthy_rates)) if rule in healthy}
             if p in own and j.name in j.config.search_both and j.config.min_voxels > 1: rules[f"val, components {'outside' if inside else 'inside'}"] = j.best(unhealthy[p], not inside)[0]
             if p != "healthy": rules["oracle"] = _pooled_rows(j, rs, where, own.get(p, (np.nan, np.nan)), healthy.get("healthy", np.nan), len({who[r] for r in val.get(p, [])}), len({who[r] for r in rs}), tables)
-        for r in rs: _case_rows(j, r, who[r], {rule: t for rule, t in rules.items() if np.isfinite(t)}, where, tables)
+        rules = {rule: t for rule, t in rules.items() if np.isfinite(t)}
+        for cases, found in j.each(lambda r: _case_rows(j, r, who[r], rules, where), rs): tables["cases"] += cases; tables["lesions"] += found
     if healthy and test.get("healthy"): _calibration_rows(j, healthy, test["healthy"], common, len(val["healthy"]), tables)
 
 def _chance(kept: KeptMaps, rows) -> float:
@@ -316,12 +333,12 @@ def _pooled_rows(j: _Judged, rows, where, own, healthy, n_val, n_test, tables) -
     return oracle[0]
 
 # %% ../nbs/39_judge.ipynb #943071ec
-def _case_rows(j: _Judged, row, who, rules, where, tables):
-    "The rows of one test volume, one for each rule; lesion by lesion at the headline's."
+def _case_rows(j: _Judged, row, who, rules, where) -> tuple[list, list]:
+    "The rows of one test volume, one for each rule; and of its lesions, at the headline's."
     cohort, scores, truth = j.kept.cohort, j.kept.scores(row, j.k), j.kept.truth(row)
     t = cohort.table.iloc[row]
     case = where | dict(subject_id=t.subject_id, patient_id=who, lesion_ml=truth.sum() * VOXEL_ML, auprc=auprc(scores, truth)) | ({"alpha": t.alpha} if "alpha" in cohort.table else {})
-    inside, headline, made = j.kept.inside(row), headline_rule(rules), {}
+    inside, headline, made, cases, lesions = j.kept.inside(row), headline_rule(rules), {}, [], []
     for rule, threshold in rules.items():
         if threshold not in made: made[threshold] = j.predicted(row, threshold)
         p = made[threshold][inside]
@@ -330,15 +347,16 @@ def _case_rows(j: _Judged, row, who, rules, where, tables):
             masks = made[threshold], np.asarray(cohort.lesion_masks[row])
             touched, matched = (lesion_wise(*masks, min_iou=iou) for iou in (0., .1))
             found |= dict(lesions=touched["lesions"], lesions_found=touched["found"], lesions_predicted=touched["predicted"], lesions_false=touched["false_alarms"], lesion_f1=touched["f1"], lesion_f1_iou=matched["f1"])
-            tables["lesions"] += [where | dict(subject_id=t.subject_id, patient_id=who, threshold_from=rule) | lesion for lesion in lesion_table(*masks, VOXEL_ML)]
-        tables["cases"].append(found)
+            lesions += [where | dict(subject_id=t.subject_id, patient_id=who, threshold_from=rule) | lesion for lesion in lesion_table(*masks, VOXEL_ML)]
+        cases.append(found)
+    return cases, lesions
 
 def _calibration_rows(j: _Judged, healthy, rows, common, n_val, tables):
     "False positives of healthy test volumes at thresholds set on healthy validation voxels."
     for q in NOMINAL:
         threshold = healthy[rate_rule(q)]
-        observed = [(j.kept.scores(r, j.k)[j.kept.eroded(r)] > threshold).mean() for r in rows]
-        ml = [(j.predicted(r, threshold) & j.kept.inside(r)).sum() * VOXEL_ML for r in rows]
+        observed = list(j.each(lambda r: (j.kept.scores(r, j.k)[j.kept.eroded(r)] > threshold).mean(), rows))
+        ml = list(j.each(lambda r: (j.predicted(r, threshold) & j.kept.inside(r)).sum() * VOXEL_ML, rows))
         tables["calibration"].append(common | dict(nominal=q, threshold=threshold, observed=np.mean(observed), fp_ml=np.mean(ml), n_val=n_val, n_test=len(rows)))
 
 # %% ../nbs/39_judge.ipynb #8fd0e6ec

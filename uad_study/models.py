@@ -303,8 +303,7 @@ class ResBlock(nn.Module):
         h, shift = self.norm1(x), self.time_emb_proj(silu(emb))
         if self.down: x, h = self.downsample(x), self.downsample(h)
         if self.up: shift = shift + self.conv1.conv.bias.to(shift.dtype)
-        h, x = self.conv2(self.norm2(self.conv1(h), shift)), self.skip_connection(x)
-        return h.add_(x) if h.dtype == x.dtype else h + x
+        return self.skip_connection(x) + self.conv2(self.norm2(self.conv1(h), shift))
 
 # %% ../nbs/32_models.ipynb #51d00937
 def _faster(unet):

@@ -7,14 +7,15 @@ __all__ = ['check_octaves', 'simplex_noise', 'simplex_std', 'gaussian_noise', 'c
 
 # %% ../nbs/30_noise.ipynb #7464718a
 import math, torch
+from functools import lru_cache
 from .core import UadError
 
 # %% ../nbs/30_noise.ipynb #b61115d2
 _A, _K = (3**.5 - 1) / 2, (1 - 3**-.5) / 2                    # from lattice to plane, and from plane to lattice
 _SLOPES = torch.tensor([[5, 2], [2, 5], [-5, 2], [-2, 5], [5, -2], [2, -5], [-5, -2], [-2, -5]], dtype=torch.float32) @ (torch.tensor([[1 + _A, _A], [_A, 1 + _A]], dtype=torch.float32) * (16 / 47))
 
-def _reach(u, v, columns: int):
-    "OpenSimplex at lattice coordinates `u`, `v` (H, W), at least 1: the four vertices that reach each point (numbers, row by row of `columns`), and the factors of their gradients along u and v, (H, W, 4) each."
+def _reach(u, v, columns):
+    "OpenSimplex at lattice coordinates `u`, `v` (octaves, H, W), at least 1: the four vertices that reach each point (numbers, row by row of `columns`, (octaves, 1, 1)), and the factors of their gradients along u and v, (octaves, H, W, 4) each."
     iu, iv = u.floor(), v.floor()
     u, v = u - iu, v - iv
     upper = (u + v).floor()                                           # 1 in the upper triangle of the rhombus, else 0
@@ -29,10 +30,13 @@ def _reach(u, v, columns: int):
     at, along_u, along_v = zip(*((start + s * (i * columns + j), s * a**4 * (u - i), s * a**4 * (v - j)) for i, j, a in vertices))
     return torch.stack(at, -1).int(), torch.stack(along_u, -1), torch.stack(along_v, -1)
 
+@lru_cache
+def _slopes(device): return _SLOPES.to(device).T                   # once a device: a copy at each call would make the host wait for a GPU
+
 def _weighted(at, along_u, along_v, pick):
     "The fields (n, H, W) of what `_reach` found, (H, W, ...), for the gradient numbers `pick` (vertices, n) of `n` fields."
     def total(factors, slopes): return torch.nn.functional.embedding_bag(at.flatten(0, 1).flatten(1), slopes[pick], per_sample_weights=factors.flatten(0, 1).flatten(1), mode="sum")
-    return sum(total(f, s) for f, s in zip((along_u, along_v), _SLOPES.to(pick.device).T)).T.reshape(-1, *at.shape[:2])
+    return sum(total(f, s) for f, s in zip((along_u, along_v), _slopes(pick.device))).T.reshape(-1, *at.shape[:2])
 
 # %% ../nbs/30_noise.ipynb #ffa2cc08
 def _size(size): return tuple(size) if hasattr(size, "__len__") else (size, size)
@@ -50,6 +54,22 @@ def check_octaves(size, octaves: int, frequency: float):
     if max(size) * 2**(octaves - 1) / frequency > 2048:
         raise UadError(f"noise: the last of {octaves} octaves has cells of {frequency / 2**(octaves - 1):.2g} pixels: take fewer octaves or a larger frequency")
 
+@lru_cache(maxsize=16)
+def _lattices(H, W, octaves, persistence, frequency, device, anchored):
+    """What the octaves' lattices have in common from call to call. On `device`, octave by octave (finest first where `anchored`): each pixel's lattice coordinates u and v, (octaves, H, W), the lowest vertex along both,
+    columns, the number of the first vertex and the amplitude, (octaves, 1, 1, ...). And (rows, columns) and the lowest vertices as plain numbers."""
+    x, y = torch.arange(H, dtype=torch.float32)[:, None], torch.arange(W, dtype=torch.float32)
+    ends = (-_K * (W - 1), (1 - _K) * (H - 1)), (-_K * (H - 1), (1 - _K) * (W - 1))
+    order = list(range(octaves))[::-1 if anchored else 1]
+    cells = [frequency / 2**o for o in order]
+    lows = [[math.floor(a / c) - 2 for a, _ in ends] for c in cells]                 # lattice vertices that can reach the image, with room for the offset
+    sizes = [[math.ceil(b / c) - l + 5 for (_, b), l in zip(ends, low)] for c, low in zip(cells, lows)]
+    first = [sum(r * c for r, c in sizes[:k]) for k in range(octaves)]
+    def numbers(values, *after, dtype=torch.float32): return torch.tensor(values, dtype=dtype).view(-1, 1, 1, *after)
+    kept = (torch.stack([(1 - _K) * (x / c) - _K * (y / c) for c in cells]), torch.stack([(1 - _K) * (y / c) - _K * (x / c) for c in cells]), *(numbers([l[k] for l in lows]) for k in range(2)),
+            numbers([c for _, c in sizes]), numbers(first, 1, dtype=torch.int32), numbers([persistence**o for o in order], 1))
+    return [t.to(device) for t in kept], sizes, lows
+
 def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, frequency: float = 64, generator: torch.Generator | None = None, device=None, *,
                   anchored: bool = False) -> torch.Tensor:
     """`n` fields of OpenSimplex-2D octaves, (n, 1, H, W) float32, mean 0 and std 0.59 (defaults; not normalised: see `simplex_std`), with gradients of their own on one lattice.
@@ -63,24 +83,20 @@ def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, freq
     check_octaves((H, W), octaves, frequency)
     if not n: return torch.zeros(0, 1, H, W, device=device)
     new = dict(generator=generator, device=generator.device)
-    layers, picks, table, vertices = [], [], None, 0
-    for o in reversed(range(octaves)) if anchored else range(octaves):
-        cell = frequency / 2**o
-        x = torch.arange(H, device=device, dtype=torch.float32)[:, None] / cell
-        y = torch.arange(W, device=device, dtype=torch.float32) / cell
-        uv, ends = ((1 - _K) * x - _K * y, (1 - _K) * y - _K * x), ((-_K * (W - 1), (1 - _K) * (H - 1)), (-_K * (H - 1), (1 - _K) * (W - 1)))
-        low = [math.floor(a / cell) - 2 for a, _ in ends]                            # lattice vertices that can reach the image, with room for the offset
-        rows, columns = [math.ceil(b / cell) - l + 5 for (_, b), l in zip(ends, low)]
+    kept, sizes, lows = _lattices(H, W, octaves, float(persistence), float(frequency), device, anchored)
+    picks, offsets, table = [], [], None
+    for (rows, columns), low in zip(sizes, lows):
         if anchored:                                                                 # the finest octave's lattice holds the others'
-            if table is None: table, origin = torch.randint(8, (rows, columns, n), **new).to(device), low
-            (i, j), offset = (l - k for l, k in zip(low, origin)), (0, 0)
-            pick = table[i:i + rows, j:j + columns]
+            if table is None: table = torch.randint(8, (rows, columns, n), **new).to(device)
+            i, j = (l - k for l, k in zip(low, lows[0]))
+            picks.append(table[i:i + rows, j:j + columns].flatten(0, 1))
         else:
-            pick, offset = torch.randint(8, (rows, columns, n), **new).to(device), torch.rand(2, **new, dtype=torch.float32).to(device)
-        at, *factors = _reach(*(a + d - l for a, d, l in zip(uv, offset, low)), columns)
-        layers.append((at + vertices, *(f * persistence**o for f in factors)))
-        picks.append(pick.flatten(0, 1)); vertices += rows * columns
-    fields = _weighted(*(torch.stack(l, 2) for l in zip(*layers)), torch.cat(picks))
+            picks.append(torch.randint(8, (rows, columns, n), **new).to(device).flatten(0, 1))
+            offsets.append(torch.rand(2, **new, dtype=torch.float32).to(device))
+    u, v, low_u, low_v, columns, first, amplitude = kept
+    du, dv = (0, 0) if anchored else torch.stack(offsets, 1)[:, :, None, None]
+    at, *factors = _reach(u + du - low_u, v + dv - low_v, columns)
+    fields = _weighted(*(t.permute(1, 2, 0, 3) for t in (at + first, *(f * amplitude for f in factors))), torch.cat(picks))
     if not anchored:                                                                 # symmetries of the lattice: where it is weak differs from field to field
         fields[1::2] = fields[1::2].flip(1, 2)
         if H == W: fields[2::4], fields[3::4] = fields[2::4].mT.clone(), fields[3::4].mT.clone()

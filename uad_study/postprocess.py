@@ -36,6 +36,8 @@ def median3d(volume: np.ndarray, size: int = 5, where=None) -> np.ndarray:
     need = (pad != 0).astype(np.min_scalar_type(total))
     for axis in range(3): need = sum(np.moveaxis(sliding_window_view(need, size, axis=axis), -1, 0))        # voxels other than 0 in each window
     need = need > total // 2 if where is None else (need > total // 2) & where
+    values = volume[volume != 0]
+    if values.size and (values == values[0]).all(): out[need] = values[0]; return out                      # of two values, the one that more have
     for h in np.flatnonzero(need.any((1, 2))):
         w, d = np.nonzero(need[h])
         cross = sliding_window_view(pad[h:h + size, w[0]:w[-1] + size], size, axis=1)                       # (size, lines, voxels of a line, size)
