@@ -24,7 +24,7 @@ def test_losses_that_are_read_late_change_nothing(heads, tmp_path, monkeypatch):
     for name, patience in (("at once", 1), ("late", 5), ("later", 100)):
         monkeypatch.setitem(room.PATIENCE, "cpu", patience)
         seen[name] = []
-        config = dataclasses.replace(CONFIG, checkpoint_minutes=60 if name == "later" else 0)
+        config = dataclasses.replace(CONFIG, checkpoint_minutes=0 if name == "at once" else 60)           # a checkpoint reads them, too
         go(heads, "ddpm", tmp_path/name, config, lambda done, *_, loss, **__: seen[name].append((done, loss)))
     for name in ("late", "later"): assert_same_end(tmp_path/"at once", tmp_path/name, ("best.pt", "last.pt", "snapshot-000010.pt"))
     assert [s for s, _ in seen["late"]] == [s for s, _ in seen["at once"]] and len({l for _, l in seen["later"]}) < len({l for _, l in seen["at once"]}) == 13
@@ -45,11 +45,12 @@ def test_stopped_with_losses_unread(heads, tmp_path, monkeypatch):
 def test_fault_a_loss_that_is_not_finite_is_told_with_its_step(heads, tmp_path, monkeypatch):
     for patience in (1, 4, 100):
         monkeypatch.setitem(room.PATIENCE, "cpu", patience)
-        with pytest.raises(UadError, match="^train.lr: the loss is not finite at step 3:"): go(heads, "ddpm", tmp_path/str(patience), dataclasses.replace(CONFIG, lr=1e25, val_every=12, snapshots=()))
+        with pytest.raises(UadError, match="^train.lr: the loss is not finite at step 3:"): go(heads, "ddpm", tmp_path/str(patience), dataclasses.replace(CONFIG, lr=1e25, val_every=12, snapshots=(6,), checkpoint_minutes=60))
+        assert not list((tmp_path/str(patience)).glob("snapshot*")) and not (tmp_path/str(patience)/"best.pt").exists()
 
 
 class Reads(TorchDispatchMode):
-    "Counts the numbers that are brought from a tensor to Python, for each of which the host would wait for a GPU."
+    "Counts the numbers that `item`, or a test for truth, brings from a tensor to Python, for each of which the host would wait for a GPU (`tolist` is not seen here)."
     n = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
@@ -61,35 +62,45 @@ class Reads(TorchDispatchMode):
 def test_nothing_is_read_from_the_device_between(heads, tmp_path, monkeypatch, name):
     monkeypatch.setitem(room.PATIENCE, "cpu", 3)
     t = _Training(heads, "T1w", 0, small(name), dataclasses.replace(CONFIG, clip_norm=1.), tmp_path, "cpu", tensorboard=False, team=Team(), stop=lambda: False, tell=lambda *a, **k: None)
-    counts = []
+    counts, unread = [], []
     for _ in range(6):
         with Reads() as reads: _advance(t)
-        counts.append(reads.n)
-    assert counts[0] == counts[1] == counts[3] == counts[4] == 0, counts
-    assert len(t.running) == 6
+        counts.append(reads.n); unread.append(len(t.unread))
+    assert counts == [0] * 6 and unread == [1, 2, 0, 1, 2, 0] and len(t.running) == 6
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ae"])
-def test_compiled_networks_learn_the_same(heads, tmp_path, monkeypatch, name):
-    "Traced and replayed by PyTorch's operations: no compiler is needed."
-    compile_ = torch.nn.Module.compile
-    called = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: called.append(type(self).__name__) or compile_(self, backend="eager"))
+@pytest.fixture
+def graphs(monkeypatch):
+    "What is compiled is traced, and replayed by PyTorch's operations (no compiler is needed); the operations of each trace are kept."
+    seen, compile_ = [], torch.compile
+    def backend(graph, inputs): seen.append(len(graph.graph.nodes)); return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend=backend))
+    torch._dynamo.reset()
+    return seen
+
+
+@pytest.mark.parametrize("name, least", [("ddpm", 200), ("ae", 60), ("dae", 60), ("cddpm", 200)])
+def test_compiled_networks_learn_the_same(heads, tmp_path, graphs, name, least):
     go(heads, name, tmp_path/"plain", CONFIG)
-    assert not called
-    config = dataclasses.replace(CONFIG, compile=True)
+    assert not graphs
+    config = dataclasses.replace(CONFIG, compile=True, ema=.5)
+    plain = dataclasses.replace(CONFIG, ema=.5)
     with pytest.raises(room.Stopped): go(heads, name, tmp_path/"compiled", config, stop_at(7))
-    go(heads, name, tmp_path/"compiled", config)
-    assert called == list({"ddpm": ["Denoiser"], "ae": ["Sequential", "Linear", "Sequential"]}[name]) * 2
-    a, b = ([json.loads(line) for line in open(tmp_path/k/"metrics.jsonl")] for k in ("plain", "compiled"))
+    assert sum(graphs) >= least, graphs
+    go(heads, name, tmp_path/"compiled", config); go(heads, name, tmp_path/"averaged", plain)
+    a, b = ([json.loads(line) for line in open(tmp_path/k/"metrics.jsonl")] for k in ("averaged", "compiled"))
     assert [m["val_loss"] for m in b] == pytest.approx([m["val_loss"] for m in a], rel=1e-3)
-    x, y = (torch.load(tmp_path/k/"best.pt", weights_only=True)["model"] for k in ("plain", "compiled"))
+    x, y = (torch.load(tmp_path/k/"best.pt", weights_only=True)["model"] for k in ("averaged", "compiled"))
     assert x.keys() == y.keys()
-    with pytest.raises(UadError, match="train.compile = "): go(heads, name, tmp_path/"compiled", CONFIG)             # other settings than the checkpoint's
+    far, size = (sum(float(v.double().square().sum()) for v in values)**.5 for values in ([x[k] - y[k] for k in x if x[k].is_floating_point()], [x[k] for k in x if x[k].is_floating_point()]))
+    assert far < .01 * size, far / size                                     # the norm of the kernel and PyTorch's differ in the last digits, which Adam's first steps enlarge
+    with pytest.raises(UadError, match="train.compile = True, not False"): go(heads, name, tmp_path/"compiled", plain)             # other settings than the checkpoint's
 
 
-def test_fault_what_cannot_be_compiled_is_one_line(heads, tmp_path, monkeypatch):
-    compile_ = torch.nn.Module.compile
+@pytest.mark.parametrize("name", ["dae", "ae"])
+def test_fault_what_cannot_be_compiled_is_one_line(heads, tmp_path, monkeypatch, name):
+    compile_ = torch.compile
     def broken(graph, inputs): raise RuntimeError("no compiler")
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=broken))
-    with pytest.raises(UadError, match="^train.compile: the network can't be compiled on cpu here .BackendCompilerFailed.: set it to false$"): go(heads, "dae", tmp_path, dataclasses.replace(CONFIG, compile=True))
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend=broken))
+    torch._dynamo.reset()
+    with pytest.raises(UadError, match="^train.compile: the network can't be compiled on cpu here .BackendCompilerFailed.: set it to false$"): go(heads, name, tmp_path, dataclasses.replace(CONFIG, compile=True))

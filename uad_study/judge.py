@@ -295,6 +295,7 @@ def judge(cohort: Cohort, contrast: str, fold: int, maps_of, names, config: Scor
             some = everything[first:first + threads]
             made = [(r, list(maps_of(r))) for r in some if r not in kept]
             for _ in each(lambda new: kept.keep(*new), made): pass
+            del made
             for i, r in enumerate(some, first):
                 if tick: tick(i + 1, len(everything) + len(names), f"maps of {t.subject_id.iloc[r]}")
         for k, name in enumerate(names):

@@ -13,7 +13,7 @@ import json, math, os, subprocess, sys, tempfile, threading, time, zipfile
 import numpy as np, torch
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from .core import LATER, Stopped, UadError, atomic_file, choice, derive_seed, digest, from_dict, listening, log, os_error, plain_settings, read_json, write_json
 from .cohort import Cohort, augment_slices, draw_slices, slice_index, take_slices
@@ -249,6 +249,8 @@ def load_model(path, device="cpu", config: ModelConfig | None = None, restore: R
 PARTS = "uad-parts/1"
 _STATE = ("model", "optimizer", "step", "best", "settings", "running", "seconds", "records")
 
+_LATER = {f.name: f.default for f in fields(TrainConfig) if f.metadata.get("later")}
+
 def newest_checkpoint(folder, settings: dict) -> tuple[dict | None, str]:
     """The content of the newest whole checkpoint of a training in `folder` (None: none, start from the beginning), and a sentence on those that are damaged ('': none).
 
@@ -260,6 +262,7 @@ def newest_checkpoint(folder, settings: dict) -> tuple[dict | None, str]:
             if any(k not in c for k in _STATE): raise DamagedCheckpoint(name)
         except DamagedCheckpoint: spoilt.append(name); continue
         theirs = json.loads(c["settings"])
+        theirs["train"], settings = _LATER | theirs["train"], settings | {"train": _LATER | settings["train"]}
         for k, v in json.loads(json.dumps(settings)).items():
             if d := difference(theirs[k], v, k): raise UadError(f"{folder/name}: belongs to a training with other settings or data ({d}): delete it, or choose another folder")
         if c["best"][1] and not _holds(folder/BEST, c["best"][1]): spoilt.append(BEST); break
@@ -313,7 +316,12 @@ def _board(folder, step: int):
 
 # %% ../nbs/33_train.ipynb #94cca5a2
 PATIENCE = dict(cpu=1)
-"Losses that may stay unread on a kind of device (20 elsewhere): reading one makes the host wait for all that it has asked the device to do."
+"Losses that may stay unread on a kind of device (20 elsewhere): reading one makes the host wait for all that it has asked the device to do. (So do, in every step: several devices, `ema`, `augment`, and the models `pddpm`, `ssim_ae` and `fae`.)"
+
+def _compile(model):
+    "Compile what a model's `loss` calls: its parts, one by one."
+    for part in model.children():
+        for p in part if isinstance(part, torch.nn.ModuleList) else [part]: p.forward = torch.compile(p.forward)      # not p.compile(), which leaves out PyTorch's own layers
 
 class _Training:
     def __init__(self, cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, config: TrainConfig, folder, device, tensorboard: bool, team: Team, stop, tell, kind=None, begin=None):
@@ -325,10 +333,9 @@ class _Training:
         self.model = placed(build_model(model_config, derive_seed(config.seed, "weights"), kind=kind), device, self.precision).train()
         if begin and not last: begin(self.model)
         if team.size > 1: _with_team_norm(self.model)
-        if config.compile:
-            for part in self.model.children(): part.compile()
         self.ema = averaged(self.model, config.ema) if config.ema else None
         self.judged = self.ema.module if self.ema else self.model
+        if config.compile: _compile(self.model)                                                # after the copy that the moving average is
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, amsgrad=config.amsgrad, weight_decay=config.weight_decay, fused=True)
         self.step, self.best, self.seconds, self.records, self.running, self.due, self.pace, self.images = 0, (math.inf, 0), 0.0, [], [], False, Pace(), 0.0
         self.unread, self.patience = [], PATIENCE.get(torch.device(device).type, 20)
@@ -431,7 +438,7 @@ def _fit(t: _Training) -> dict:
     c, halt = t.config, bool(t.team.sums(t.stop())[0])
     if t.team.rank == 0: _tidy(t.folder, t.found)
     while not halt:
-        if t.step in c.snapshots: t.team.save(t.folder/f"snapshot-{t.step:06d}.pt", contents(t.judged, step=t.step, **t.place))
+        if t.step in c.snapshots: t.read_losses(); t.team.save(t.folder/f"snapshot-{t.step:06d}.pt", contents(t.judged, step=t.step, **t.place))
         if t.step % c.val_every == 0 or t.step == c.steps: halt = _judge(t)
         if halt: break
         if t.due or t.step == c.steps and t.parts[-1]["how"] != "done": t.keep("done" if t.step == c.steps else "broken off")
@@ -557,7 +564,7 @@ def train(cohort: Cohort, contrast: str, fold: int, model_config: ModelConfig, c
     """Train a model on the healthy training volumes of a fold; goes on from the checkpoint in `folder` where there is one (last.pt, or previous.pt where that is damaged).
 
     Writes best.pt (lowest validation loss), snapshot-<step>.pt, metrics.jsonl (step, loss, val_loss, lr, seconds), parts.json and, with `tensorboard`, event files. `tick(step, steps, text,
-    **facts)` is called at the start and after each step with epoch, loss (None before the first step), val_loss and images_per_second (of the last ten seconds of training);
+    **facts)` is called at the start and after each step with epoch, loss (None before the first is known), val_loss and images_per_second (of the last ten seconds of training);
     `look(step, x, x_hat)` after each validation with a few validation slices and their restorations (or maps: `models.output`), (n, H, W) in [0, 1]. `devices`: processes that share each batch (on a GPU each).
     A model that builds on an encoder (`fae`; `cddpm` with `encoder_steps`) has it trained first, in `folder`/encoder, with checkpoints of its own: `tick` counts these steps, too, and the result has `encoder`; or it is read from `encoder_file`.
     Returns the best step and loss, the first and last validation losses, parameters, precision, seconds and parts (the attempts: start, end, seconds, how).
