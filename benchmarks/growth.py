@@ -149,7 +149,7 @@ def plan(t: dict, n: int = 100_000) -> list:
             f"""Rates are those of the tables above (one core, {many:,} subjects), where nothing else is said. What would break first, in this order:
 
 1. **One process packs one file of each kind.** {gb(n * 4 * 96 * 96 * 50)} GB of images in a single `.npy`: it is mapped, so that memory stays flat, but one changed subject means packing all again. Shards of some thousand volumes, each with its hash, would mend it.
-2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory: at the growth above, some {held:,.0f} GB. The streaming judge's counts add up, so volumes could be shared among processes as they are among its threads (1.7 times as fast with two); no engine does that yet.
+2. **One process judges a training.** {hours(n * all_scores)} hours for all scores, and its second search (components inside) holds the validation maps of one pathology in memory: at the growth above, some {held:,.0f} GB. The streaming judge's counts add up, so volumes could be shared among processes as they are among its threads; no engine does that yet.
 3. **The table of cases is one data frame**, a row for each case, score and rule: at 13 scores and 7 rules {n * 91 / 1e6:.1f} million rows, from which the bootstrap over patients draws.
 4. **The page of a data set** holds a picture of each subject: no browser opens {n:,} of them.
 

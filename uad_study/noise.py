@@ -38,7 +38,7 @@ def _weighted(at, along_u, along_v, pick):
     def total(factors, slopes): return torch.nn.functional.embedding_bag(at.flatten(0, 1).flatten(1), slopes[pick], per_sample_weights=factors.flatten(0, 1).flatten(1), mode="sum")
     return sum(total(f, s) for f, s in zip((along_u, along_v), _slopes(pick.device))).T.reshape(-1, *at.shape[:2])
 
-# %% ../nbs/30_noise.ipynb #ffa2cc08
+# %% ../nbs/30_noise.ipynb #839da138
 def _size(size): return tuple(size) if hasattr(size, "__len__") else (size, size)
 
 def _devices(generator, device):
@@ -54,6 +54,7 @@ def check_octaves(size, octaves: int, frequency: float):
     if max(size) * 2**(octaves - 1) / frequency > 2048:
         raise UadError(f"noise: the last of {octaves} octaves has cells of {frequency / 2**(octaves - 1):.2g} pixels: take fewer octaves or a larger frequency")
 
+# %% ../nbs/30_noise.ipynb #d11cdabc
 @lru_cache(maxsize=16)
 def _lattices(H, W, octaves, persistence, frequency, device, anchored):
     """What the octaves' lattices have in common from call to call. On `device`, octave by octave (finest first where `anchored`): each pixel's lattice coordinates u and v, (octaves, H, W), the lowest vertex along both,
@@ -70,6 +71,7 @@ def _lattices(H, W, octaves, persistence, frequency, device, anchored):
             numbers([c for _, c in sizes]), numbers(first, 1, dtype=torch.int32), numbers([persistence**o for o in order], 1))
     return [t.to(device) for t in kept], sizes, lows
 
+# %% ../nbs/30_noise.ipynb #ffa2cc08
 def simplex_noise(n: int, size, octaves: int = 6, persistence: float = 0.8, frequency: float = 64, generator: torch.Generator | None = None, device=None, *,
                   anchored: bool = False) -> torch.Tensor:
     """`n` fields of OpenSimplex-2D octaves, (n, 1, H, W) float32, mean 0 and std 0.59 (defaults; not normalised: see `simplex_std`), with gradients of their own on one lattice.
